@@ -1,0 +1,17 @@
+"""What a user can say about checkpoints."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class CheckpointOptions:
+    """When to save, what to keep, where to resume from."""
+
+    every: int | None = None
+    """Save every this many steps; null: only at the end and when stopped."""
+    keep_last: int = 2
+    """Number of newest checkpoints to keep."""
+    resume: str = "auto"
+    """``auto``: from the latest checkpoint in the run directory if there is one; ``never``; or a checkpoint directory."""
+    max_shard_gib: float = 4.0
+    """Largest size of one safetensors file of the exported model."""

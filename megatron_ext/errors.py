@@ -1,0 +1,17 @@
+"""Errors that a user can act on. Each message names the key or file, the value seen and what is accepted."""
+
+
+class MegatronExtError(Exception):
+    """Base of every error that is caused by input and not by a defect of this package."""
+
+
+class ConfigError(MegatronExtError, ValueError):
+    """A configuration key or value that cannot be used."""
+
+
+class DataError(MegatronExtError, ValueError):
+    """A document, tokenizer or data file that cannot be used."""
+
+
+class CheckpointError(MegatronExtError, RuntimeError):
+    """A checkpoint that cannot be written, or is missing, incomplete or altered."""

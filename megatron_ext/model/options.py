@@ -1,0 +1,41 @@
+"""What a user can say about the model."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ModelOptions:
+    """A decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3), or where to take it from."""
+
+    init_from: str | None = None
+    """Directory of a Hugging Face checkpoint: weights and shape come from it, and no other key may be set but ``attention``."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null: the size of the tokenizer."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    intermediate_size: int = 704
+    """Width of the SwiGLU MLP."""
+    num_layers: int = 4
+    """Number of blocks."""
+    num_heads: int = 4
+    """Number of query heads."""
+    num_kv_heads: int | None = None
+    """Number of key/value heads (grouped-query attention); null: as many as query heads."""
+    head_dim: int | None = None
+    """Width of a head; null: hidden_size / num_heads."""
+    max_position: int | None = None
+    """Longest sequence that the exported config.json promises; null: ``data.sequence_length``."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on each query and key head, as in Qwen3."""
+    qkv_bias: bool = False
+    """Biases on the q, k and v projections, as in Qwen2."""
+    tie_embeddings: bool = False
+    """Use the input embedding as the output head."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; projections into the residual are scaled by 1/sqrt(2 layers)."""
+    attention: str = "auto"
+    """``dense``, ``sdpa``, ``varlen``, ``flash_attn``; ``auto``: the fastest that the device can run, printed at start."""

@@ -1,0 +1,45 @@
+"""Package and extras of megatron_ext. The base install needs no compiler and no CUDA."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = next(
+    line.split('"')[1]
+    for line in Path(__file__).with_name("megatron_ext").joinpath("__init__.py").read_text("utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="megatron_ext",
+    version=VERSION,
+    description="Continue the pretraining of language models on long, uneven documents",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19,<0.20",
+        "transformers>=5.0,<6",
+        "datasets>=4.0,<6",
+        "tokenizers>=0.22,<1",
+        "sentencepiece>=0.2,<0.3",
+        "numpy>=1.26,<3",
+        "numba>=0.61,<1",
+        "pyarrow>=17",
+        "pydantic>=2.9,<3",
+        "pyyaml>=6,<7",
+        "rich>=13,<16",
+        "safetensors>=0.5,<1",
+        "tensorboard>=2.17,<3",
+        "zstandard>=0.22,<1",
+        "matplotlib>=3.9,<4",
+        "setuptools",
+    ],
+    extras_require={
+        "dev": ["pytest>=8,<10", "hypothesis>=6,<7", "megatron-core>=0.13,<0.17", "ruff>=0.9,<1"],
+        "cuda": ["flash-attn>=2.7"],
+    },
+)
