@@ -1,0 +1,116 @@
+"""The shape of a model, fully resolved: no field is optional and none depends on another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.options import ModelOptions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family. Sizes are in elements, ``max_position`` in tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that no model can have."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+        if self.init_std < 0:
+            raise ConfigError(f"model.init_std is {self.init_std}; it must not be negative")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"model.num_kv_heads is {self.num_kv_heads}; it must divide model.num_heads ({self.num_heads})")
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim is {self.head_dim}; rotary embeddings turn pairs, so it must be even")
+
+    @classmethod
+    def from_options(cls, options: ModelOptions, vocab_size: int, sequence_length: int) -> ModelConfig:
+        """Resolve what the user left open.
+
+        ``vocab_size`` (rows) and ``sequence_length`` (tokens) stand in where the options say null.
+        Raises ConfigError for a shape that cannot be built.
+        """
+        if options.head_dim is None and (options.num_heads < 1 or options.hidden_size % options.num_heads):
+            raise ConfigError(
+                f"model.hidden_size is {options.hidden_size}, which model.num_heads ({options.num_heads}) does not divide; "
+                "change one of them or set model.head_dim"
+            )
+        return cls(
+            vocab_size=vocab_size if options.vocab_size is None else options.vocab_size,
+            hidden_size=options.hidden_size,
+            intermediate_size=options.intermediate_size,
+            num_layers=options.num_layers,
+            num_heads=options.num_heads,
+            num_kv_heads=options.num_heads if options.num_kv_heads is None else options.num_kv_heads,
+            head_dim=options.hidden_size // options.num_heads if options.head_dim is None else options.head_dim,
+            max_position=sequence_length if options.max_position is None else options.max_position,
+            rope_theta=options.rope_theta,
+            norm_eps=options.norm_eps,
+            qk_norm=options.qk_norm,
+            qkv_bias=options.qkv_bias,
+            tie_embeddings=options.tie_embeddings,
+            init_std=options.init_std,
+        )
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def _matrix_elements_per_layer(self) -> int:
+        attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    def num_parameters(self) -> int:
+        """Number of trained values; a tied embedding counts once."""
+        vectors = 2 * self.hidden_size
+        vectors += 2 * self.head_dim if self.qk_norm else 0
+        vectors += self.query_size + 2 * self.kv_size if self.qkv_bias else 0
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * (self._matrix_elements_per_layer + vectors) + self.hidden_size
+
+    def flops_per_token(self, mean_context: float) -> float:
+        """Floating-point operations of the matrix products of forward and backward, per token.
+
+        ``mean_context`` is the mean number of keys that a query sees, itself included (``mean_causal_context``). Counted are 6 per
+        matrix element (head included, embedding look-up not) and 12 per key and query channel: scores and values, forward and
+        twice backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1, with the causal half counted as what it is).
+        """
+        matrices = self.num_layers * self._matrix_elements_per_layer + self.vocab_size * self.hidden_size
+        return 6.0 * matrices + 12.0 * self.num_layers * self.query_size * mean_context
+
+
+def mean_causal_context(lengths: Iterable[int]) -> float:
+    """Mean number of keys that a query sees, itself included, over documents of these lengths; 0 if there are none."""
+    tokens = pairs = 0
+    for length in lengths:
+        tokens += length
+        pairs += length * (length + 1) // 2
+    return pairs / tokens if tokens else 0.0
