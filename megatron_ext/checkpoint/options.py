@@ -13,5 +13,7 @@ class CheckpointOptions:
     """Number of newest checkpoints to keep."""
     resume: str = "auto"
     """``auto``: from the latest checkpoint in the run directory if there is one; ``never``; or a checkpoint directory."""
+    allow_changed_data: bool = False
+    """Resume although the training data are not those of the checkpoint."""
     max_shard_gib: float = 4.0
     """Largest size of one safetensors file of the exported model."""

@@ -1,0 +1,91 @@
+"""From the slices that a plan gives to this rank to the tensors that the model reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_ext.data.corpus import Corpus, Piece
+from megatron_ext.errors import DataError
+from megatron_ext.planning import Pack
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents one after another, without padding. T tokens, D documents."""
+
+    tokens: torch.Tensor
+    """int64 [T]."""
+    labels: torch.Tensor
+    """int64 [T]: the next token of the same document; 0 where there is none, with loss weight 0."""
+    positions: torch.Tensor
+    """int32 [T]: restart at 0 at each document."""
+    cu_seqlens: torch.Tensor
+    """int32 [D + 1]: where documents begin and end."""
+    loss_weight: torch.Tensor
+    """float32 [T]."""
+    sources: torch.Tensor
+    """int64 [T]: number of the source that each token comes from."""
+    max_seqlen: int
+    """Tokens of the longest document."""
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch on ``device``."""
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackedBatch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+    @property
+    def model_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor]:
+        """What ``GPT.forward`` takes, in order."""
+        return self.tokens, self.positions, self.cu_seqlens, self.max_seqlen, self.labels, self.loss_weight
+
+
+def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vocab_size: int) -> PackedBatch:
+    """Read the documents of one pack from disk.
+
+    Args:
+        pack: slices that refer to ``pieces``.
+        pieces: the pieces of the step.
+        corpora: the sources that the pieces refer to.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        DataError: a token is not in the vocabulary, with the file and the document.
+    """
+    lengths = [len(piece) for piece in pack.slices]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    total = int(cu_seqlens[-1])
+    tokens, labels, positions, sources = (np.zeros(total, dtype=np.int64) for _ in range(4))
+    loss_weight = np.zeros(total, dtype=np.float32)
+    for begin, end, part in zip(cu_seqlens[:-1], cu_seqlens[1:], pack.slices, strict=True):
+        piece = pieces[part.document]
+        labelled = part.stop < len(piece) or piece.has_next
+        read = _read(corpora[piece.source], piece, part.start, part.stop + labelled, vocab_size)
+        count = end - begin
+        tokens[begin:end] = read[:count]
+        labels[begin : begin + len(read) - 1] = read[1:]
+        loss_weight[begin : begin + len(read) - 1] = 1.0
+        positions[begin:end] = np.arange(part.start, part.stop)
+        sources[begin:end] = piece.source
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions.astype(np.int32)),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        loss_weight=torch.from_numpy(loss_weight),
+        sources=torch.from_numpy(sources),
+        max_seqlen=max(lengths, default=0),
+    )
+
+
+def _read(corpus: Corpus, piece: Piece, start: int, stop: int, vocab_size: int) -> np.ndarray:
+    tokens = corpus.tokens(piece.document, piece.start + start, piece.start + stop)
+    if len(tokens) and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab_size):
+        worst = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
+        raise DataError(
+            f"{corpus.path}.bin, document {piece.document}: token {worst} is outside the model's vocabulary of {vocab_size}; "
+            "the corpus was made with another tokenizer"
+        )
+    return tokens

@@ -1,0 +1,75 @@
+"""The one place that knows which device a rank uses, which backend its collectives use and which dtype is fast there."""
+
+import os
+import resource
+import sys
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def local_device() -> torch.device:
+    """The GPU of this rank (LOCAL_RANK of the launcher) if the machine has one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def activate(device: torch.device) -> None:
+    """Make ``device`` the current one of this process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def collective_backend(device: torch.device) -> str:
+    """torch.distributed backend that moves tensors of ``device``."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of parameters and activations, and why.
+
+    Args:
+        name: a key of ``DTYPES``, or "auto": bfloat16 where the device has instructions for it, else float32.
+        device: where the model runs.
+    """
+    if name != "auto":
+        return DTYPES[name], "train.dtype"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        fast, what = major >= 8, f"compute capability {major}.{minor}"
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        fast = "bf16" in _cpu_flags() or "amx" in _cpu_flags()
+        what = f"CPU with {capability}"
+    return (torch.bfloat16, f"{what} is fast at bfloat16") if fast else (torch.float32, f"{what} has no bfloat16 instructions")
+
+
+def _cpu_flags() -> str:
+    """Names of the bfloat16 instruction sets of this CPU, as Linux lists them; empty elsewhere."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return ""
+    return " ".join(flag for flag in flags.split() if flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on a GPU, resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(device: torch.device) -> str:
+    """Name of the device for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
