@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_ext.option_rules import require
+
 
 @dataclass
 class CheckpointOptions:
@@ -17,3 +19,11 @@ class CheckpointOptions:
     """Resume although the training data are not those of the checkpoint."""
     max_shard_gib: float = 4.0
     """Largest size of one safetensors file of the exported model."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.every is None or self.every >= 1, "every", self.every, "a number of steps, at least 1, or null"),
+            (self.keep_last >= 1, "keep_last", self.keep_last, "at least 1"),
+            (bool(self.resume), "resume", self.resume, "auto, never or a checkpoint directory"),
+            (self.max_shard_gib > 0, "max_shard_gib", self.max_shard_gib, "GiB, more than 0"),
+        )

@@ -1,6 +1,10 @@
 """What a user can say about data."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from megatron_ext.option_rules import require
 
 
 @dataclass
@@ -16,6 +20,14 @@ class SourceOptions:
     max_epochs: float | None = None
     """Refuse to read the corpus more often than this; null: no limit."""
 
+    def __post_init__(self) -> None:
+        require(
+            (bool(self.name), "name", self.name, "a word"),
+            (bool(self.path), "path", self.path, "path of a .bin/.idx pair without its ending"),
+            (self.weight > 0, "weight", self.weight, "more than 0"),
+            (self.max_epochs is None or self.max_epochs > 0, "max_epochs", self.max_epochs, "more than 0, or null"),
+        )
+
 
 @dataclass
 class ReplayOptions:
@@ -27,6 +39,13 @@ class ReplayOptions:
     """Run directory of the earlier phase: its sources and weights are replayed."""
     sources: list[SourceOptions] = field(default_factory=list)
     """The sources to replay, when there is no earlier run directory."""
+
+    def __post_init__(self) -> None:
+        require(
+            (0 < self.share < 1, "share", self.share, "more than 0 and less than 1"),
+            (bool(self.run) != bool(self.sources), "run", self.run, "exactly one of run and sources"),
+            _distinct("sources", self.sources),
+        )
 
 
 @dataclass
@@ -45,3 +64,26 @@ class DataOptions:
     """Corpora to evaluate on; weights are ignored."""
     validation_fraction: float = 0.0
     """Share of documents of each training source held out for validation, chosen by document hash."""
+
+    def __post_init__(self) -> None:
+        replayed = self.replay.sources if self.replay else []
+        held_out = self.sources if self.validation_fraction else []
+        require(
+            (bool(self.sources), "sources", self.sources, "at least one source"),
+            (self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2 tokens: one to read and one to predict"),
+            (
+                self.tokens_per_step >= self.sequence_length,
+                "tokens_per_step",
+                self.tokens_per_step,
+                f"at least sequence_length ({self.sequence_length}), or the longest piece of a document fits no step",
+            ),
+            (0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "at least 0 and less than 1"),
+            _distinct("sources", [*self.sources, *replayed]),
+            _distinct("validation", [*self.validation, *held_out]),
+        )
+
+
+def _distinct(key: str, sources: Iterable[SourceOptions]) -> tuple[bool, str, object, str]:
+    """The rule that no two sources whose losses are reported side by side have one name."""
+    repeated = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
+    return not repeated, key, repeated, "names that differ, also from those of replay.sources, and of held-out parts in validation"

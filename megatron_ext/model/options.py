@@ -1,6 +1,9 @@
 """What a user can say about the model."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.option_rules import require
 
 
 @dataclass
@@ -37,5 +40,21 @@ class ModelOptions:
     """Use the input embedding as the output head."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; projections into the residual are scaled by 1/sqrt(2 layers)."""
-    attention: str = "auto"
+    attention: Literal["auto", "dense", "sdpa", "varlen", "flash_attn"] = "auto"
     """``dense``, ``sdpa``, ``varlen``, ``flash_attn``; ``auto``: the fastest that the device can run, printed at start."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position")
+        given = [(name, getattr(self, name)) for name in sizes if getattr(self, name) is not None]
+        require(*((size >= 1, name, size, "at least 1") for name, size in given))
+        kv_heads = self.num_kv_heads or self.num_heads
+        head_dim = self.head_dim or self.hidden_size // self.num_heads
+        whole = self.head_dim is not None or self.hidden_size % self.num_heads == 0
+        require(
+            (self.num_heads % kv_heads == 0, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})"),
+            (whole, "hidden_size", self.hidden_size, f"a multiple of num_heads ({self.num_heads}) while head_dim is null"),
+            (head_dim % 2 == 0, "head_dim", head_dim, "an even number, because rotary positions turn pairs"),
+            (self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0"),
+            (self.norm_eps > 0, "norm_eps", self.norm_eps, "more than 0"),
+            (self.init_std >= 0, "init_std", self.init_std, "at least 0"),
+        )

@@ -1,6 +1,9 @@
 """What a user can say about the run itself."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.option_rules import require
 
 
 @dataclass
@@ -11,12 +14,21 @@ class TrainOptions:
     """Optimizer steps of the run. Give either this or ``tokens``."""
     tokens: int | None = None
     """Token budget of the run, turned into steps by ``data.tokens_per_step``."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """Of parameters and activations: ``bfloat16``, ``float32``, ``float64``; ``auto``: bfloat16 where the device is fast at it."""
     activation_checkpointing: bool = False
     """Compute each block twice instead of keeping its activations."""
     threads_per_rank: int | None = None
     """CPU threads of a rank; null: the cores of the machine divided by its ranks."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("steps", "tokens") if getattr(self, name) is not None]
+        require(
+            (len(given) == 1, "steps", self.steps, f"exactly one of steps and tokens; here {' and '.join(given) or 'neither'} is set"),
+            (self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1"),
+            (self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1"),
+            (self.threads_per_rank is None or self.threads_per_rank >= 1, "threads_per_rank", self.threads_per_rank, "at least 1, or null"),
+        )
 
 
 @dataclass
@@ -28,6 +40,12 @@ class EvaluationOptions:
     tokens: int = 65536
     """Most tokens of each validation corpus."""
 
+    def __post_init__(self) -> None:
+        require(
+            (self.every is None or self.every >= 1, "every", self.every, "a number of steps, at least 1, or null"),
+            (self.tokens >= 1, "tokens", self.tokens, "at least 1"),
+        )
+
 
 @dataclass
 class LoggingOptions:
@@ -37,3 +55,6 @@ class LoggingOptions:
     """Steps between console lines. metrics.jsonl has a line for every step."""
     tensorboard: bool = True
     """Write TensorBoard events through DeepSpeed's monitor."""
+
+    def __post_init__(self) -> None:
+        require((self.every >= 1, "every", self.every, "a number of steps, at least 1"))
