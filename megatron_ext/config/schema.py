@@ -2,7 +2,7 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_ext.checkpoint.options import CheckpointOptions
 from megatron_ext.config.deepspeed_keys import check_deepspeed_section
@@ -37,25 +37,22 @@ class RunConfig(BaseModel):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Keys of a DeepSpeed configuration that no section above decides, passed through as they are."""
 
+    _check_deepspeed = field_validator("deepspeed")(check_deepspeed_section)
+
     @model_validator(mode="after")
     def _check_between_rooms(self) -> Self:
-        steps, schedule = total_steps(self), self.schedule
-        wsd_decay = (schedule.decay_steps or 0) if schedule.kind == "wsd" else 0
-        pack = self.planning.tokens_per_pack
-        sequence = self.data.sequence_length
-        named = self.tokenizer or self.model.init_from or self.model.vocab_size
+        steps, sequence = total_steps(self), self.data.sequence_length
+        warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
+        pack, longest = self.planning.tokens_per_pack, self.model.max_position
+        has_vocabulary = bool(self.tokenizer or self.model.init_from or self.model.vocab_size)
+        whole_piece = f"at least data.sequence_length ({sequence}), or null"
         require(
-            (pack is None or pack >= sequence, "planning.tokens_per_pack", pack, f"at least data.sequence_length ({sequence}), or null"),
-            (schedule.warmup_steps <= steps, "schedule.warmup_steps", schedule.warmup_steps, f"at most the {steps} steps of the run"),
-            (
-                schedule.warmup_steps + wsd_decay <= max(steps, schedule.warmup_steps),
-                "schedule.decay_steps",
-                schedule.decay_steps,
-                f"at most the {steps - schedule.warmup_steps} steps that follow the warm-up",
-            ),
-            (bool(named), "tokenizer", self.tokenizer, "a directory, or null with model.init_from or model.vocab_size set"),
+            (pack is None or pack >= sequence, "planning.tokens_per_pack", pack, whole_piece),
+            (longest is None or longest >= sequence, "model.max_position", longest, whole_piece),
+            (warmup <= steps, "schedule.warmup_steps", warmup, f"at most the {steps} steps of the run"),
+            (decay is None or warmup + decay <= steps, "schedule.decay_steps", decay, f"at most {steps} steps less {warmup} of warm-up"),
+            (has_vocabulary, "tokenizer", self.tokenizer, "a directory; null with model.init_from or model.vocab_size"),
         )
-        check_deepspeed_section(self.deepspeed)
         return self
 
 

@@ -1,42 +1,22 @@
-"""A YAML file and dotted overrides as plain values that remember where each of them came from."""
+"""A configuration file with dotted overrides applied, as plain values that remember where each of them came from."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_ext.config.yaml_text import KeyPath, parse
 from megatron_ext.errors import ConfigError
-
-KeyPath = tuple[str | int, ...]
-
-_INTEGER = re.compile(r"[-+]?[0-9](_?[0-9]){0,39}")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_INFINITY = float("inf")
-_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False, ".inf": _INFINITY, "-.inf": -_INFINITY, ".nan": float("nan")}
-
-
-def plain_value(text: str) -> Any:
-    """The value of an unquoted YAML 1.2 scalar: ``3e-4`` is a number, ``no`` and ``2024-01-01`` are text, ``1e9`` is an integer."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if _FLOAT.fullmatch(text):
-        number = float(text)
-        counts = "." not in text and number.is_integer() and abs(number) <= 2**53
-        return int(number) if counts else number
-    return text
+from megatron_ext.option_rules import shown
 
 
 @dataclass
 class ConfigTree:
-    """Nested plain values and the place that each came from."""
+    """Nested dictionaries, lists and plain values, not yet checked against the schema."""
 
     values: dict[str, Any]
-    origins: dict[KeyPath, str] = field(default_factory=dict)
-    """Key path -> ``FILE line N`` or ``command line``; a path that is not here has the origin of its parent."""
+    places: dict[KeyPath, str]
+    """Key path -> ``FILE line N`` or ``command line``."""
 
     @classmethod
     def read(cls, path: str | Path) -> "ConfigTree":
@@ -47,91 +27,54 @@ class ConfigTree:
         """
         try:
             text = Path(path).read_text("utf-8")
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); accepted: a YAML file in UTF-8") from error
-        origins: dict[KeyPath, str] = {}
-        values = _parse(text, str(path), origins)
+        values, places = parse(text, str(path))
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: holds {_brief(values)}; accepted: a mapping of keys to values")
-        return cls(values, origins)
+            raise ConfigError(f"{path}: {shown(values)}; accepted: a mapping of keys to values")
+        return cls(values, places)
 
     def override(self, assignment: str) -> None:
-        """Apply ``dotted.path=YAML value``; a list item is named by its index.
+        """Apply ``dotted.path=value``: the value is YAML, a list item is named by its index, missing sections are made.
 
         Raises:
-            ConfigError: not an assignment, the value is not YAML, or the path leads through something that has no keys.
+            ConfigError: not an assignment, not YAML, an index outside the list, or a path through something that has no keys.
         """
         dotted, equals, text = assignment.partition("=")
-        names = dotted.strip().split(".")
-        if not equals or not all(names):
-            raise ConfigError(f"command line: {assignment!r}; accepted: dotted.path=value")
-        origins: dict[KeyPath, str] = {}
-        value = _parse(text, f"command line: {dotted}", origins)
-        path: KeyPath = ()
-        node: Any = self.values
-        for position, name in enumerate(names):
-            key = _key_of(node, name, path)
-            path = (*path, key)
-            if position == len(names) - 1:
-                node[key] = value
-            elif isinstance(node, dict) and node.get(key) is None:
-                node[key] = {}
-            node = node[key]
-        self.origins = {old: origin for old, origin in self.origins.items() if old[: len(path)] != path}
-        self.origins[path] = "command line"
+        path = tuple(dotted.strip().split("."))
+        if not equals or not all(path):
+            raise ConfigError(f"command line: {shown(assignment)}; accepted: dotted.path=value")
+        value, _ = parse(text, f"command line: {dotted.strip()}")
+        section = self._section(path[:-1])
+        section[_key(section, path)] = value
+        self.places = {old: place for old, place in self.places.items() if old[: len(path)] != path}
+        self.places[path] = "command line"
 
-    def origin(self, path: KeyPath) -> str:
-        """Where the value at ``path``, or the nearest section around it, came from; empty if it is a default."""
-        return next((self.origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.origins), "")
+    def place(self, dotted: str) -> str:
+        """Where the value at ``dotted``, or else the nearest section around it, was written."""
+        path = tuple(dotted.split("."))
+        return next(self.places[path[:size]] for size in range(len(path), -1, -1) if path[:size] in self.places)
+
+    def _section(self, path: KeyPath) -> Any:
+        """The dictionary or list at ``path``; where there is nothing yet, an empty dictionary is put there."""
+        section: Any = self.values
+        for depth in range(1, len(path) + 1):
+            key = _key(section, path[:depth])
+            if isinstance(section, dict) and section.get(key) is None:
+                section[key] = {}
+            section = section[key]
+        return section
 
 
-def _key_of(node: Any, name: str, path: KeyPath) -> str | int:
-    dotted = ".".join(map(str, path))
-    if isinstance(node, dict):
+def _key(section: Any, path: KeyPath) -> Any:
+    """The key or index that the last name of ``path`` means in ``section``."""
+    name, dotted = path[-1], ".".join(path)
+    if isinstance(section, dict):
         return name
-    if not isinstance(node, list):
-        raise ConfigError(f"command line: {dotted}.{name}: {dotted} is {_brief(node)}; accepted: {dotted}=value, it has no keys below it")
-    if not re.fullmatch(r"[0-9]{1,9}", name) or int(name) >= len(node):
-        raise ConfigError(f"command line: {dotted}.{name}: {dotted} has {len(node)} items; accepted: an index from 0 to {len(node) - 1}")
+    owner = ".".join(path[:-1])
+    if not isinstance(section, list):
+        raise ConfigError(f"command line: {dotted}: {owner} is {shown(section)}; accepted: {owner}=value, it has no keys below it")
+    if not re.fullmatch(r"[0-9]{1,9}", name) or int(name) >= len(section):
+        indices = f"an index below {len(section)}, or {owner}=[...] for the whole list"
+        raise ConfigError(f"command line: {dotted}: {owner} has {len(section)} items; accepted: {indices}")
     return int(name)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _parse(text: str, origin: str, origins: dict[KeyPath, str]) -> Any:
-    """Parse YAML ``text`` to plain values and note the line of every key in ``origins``."""
-    try:
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-        return None if root is None else _convert(root, (), origin, origins, ())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: {error}; accepted: YAML") from error
-    except RecursionError as error:
-        raise ConfigError(f"{origin}: nested too deeply; accepted: the sections of the configuration") from error
-
-
-def _convert(node: yaml.Node, path: KeyPath, origin: str, origins: dict[KeyPath, str], parents: tuple[yaml.Node, ...]) -> Any:
-    where = f"{origin} line {node.start_mark.line + 1}"
-    if node in parents:
-        raise ConfigError(f"{where}: an alias that contains itself; accepted: plain values")
-    if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:str"):
-        raise ConfigError(f"{where}: tag {node.tag!r}; accepted: values without a tag")
-    origins[path] = where
-    parents = (*parents, node)
-    if isinstance(node, yaml.ScalarNode):
-        return plain_value(node.value) if node.style is None else node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [_convert(item, (*path, index), origin, origins, parents) for index, item in enumerate(node.value)]
-    values: dict[str, Any] = {}
-    for key, item in node.value:
-        line = f"{origin} line {key.start_mark.line + 1}"
-        if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{line}: a key that is a list or a mapping; accepted: a word")
-        if key.value in values:
-            first = origins[*path, key.value]
-            raise ConfigError(f"{line}: {'.'.join(map(str, (*path, key.value)))} stands here and in {first}; accepted: one of them")
-        values[key.value] = _convert(item, (*path, key.value), origin, origins, parents)
-        origins[*path, key.value] = line
-    return values
