@@ -78,7 +78,7 @@ class GPT(nn.Module):
         return linear_cross_entropy(hidden, self.head_weight, labels, loss_weight)
 
 
-def parameter_names(config: ModelConfig) -> dict[str, torch.Size]:
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Name and shape of every parameter of a model, in order, without allocating it."""
     with torch.device("meta"):
         model = GPT(config)

@@ -1,0 +1,157 @@
+"""Between ``ModelConfig`` and the config.json of Llama, Mistral, Qwen2 and Qwen3."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.model.config import ModelConfig
+
+FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+"""What transformers assumes for a key that a family's config.json leaves out, where families differ."""
+
+REQUIRED_VALUES: Mapping[str, tuple[Any, str]] = {
+    "hidden_act": ("silu", "the MLP is SwiGLU"),
+    "attention_bias": (False, "the output projection of attention has no bias"),
+    "mlp_bias": (False, "the MLP has no biases"),
+    "attention_dropout": (0.0, "attention has no dropout"),
+    "partial_rotary_factor": (1.0, "rotary embeddings turn the whole head"),
+    "rope_interleaved": (False, "rotary pairs are the two halves of a head"),
+    "use_sliding_window": (False, "attention sees the whole document"),
+    "quantization_config": (None, "weights are plain floating-point tensors"),
+    "num_local_experts": (None, "there is no mixture of experts"),
+    "num_experts": (None, "there is no mixture of experts"),
+}
+"""Keys whose other values describe a model that cannot be built here: the value accepted and why."""
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """The model that a config.json describes, in the layout of transformers 5 (``rope_parameters``) or 4 (``rope_theta``).
+
+    Raises CheckpointError naming the key, for a missing key and for everything this model does not have: sliding windows in use, scaled
+    or partial rotary embeddings, mixtures of experts, biases outside q, k and v, activations other than silu.
+    """
+    family = hf.get("model_type")
+    if family not in FAMILY_DEFAULTS:
+        raise CheckpointError(f"config.json: model_type is {family!r}; accepted are {', '.join(FAMILY_DEFAULTS)}")
+    hf = {**FAMILY_DEFAULTS[family], **hf}
+    _refuse_other_values(hf)
+    _refuse_sliding_window(hf)
+    hidden_size, num_heads = _require(hf, "hidden_size"), _require(hf, "num_attention_heads")
+    try:
+        return ModelConfig(
+            vocab_size=_require(hf, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_require(hf, "intermediate_size"),
+            num_layers=_require(hf, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=_default(hf, "num_key_value_heads", num_heads),
+            head_dim=_default(hf, "head_dim", hidden_size // num_heads),
+            max_position=hf["max_position_embeddings"],
+            rope_theta=_rope_theta(hf),
+            norm_eps=_default(hf, "rms_norm_eps", 1e-6),
+            qk_norm=family == "qwen3",
+            qkv_bias=family == "qwen2",
+            tie_embeddings=_default(hf, "tie_word_embeddings", False),
+            init_std=_default(hf, "initializer_range", 0.02),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"config.json describes an impossible model: {error}") from error
+
+
+def config_to_hf(
+    config: ModelConfig, *, dtype: str, bos_token_id: int | None = None, eos_token_id: int | list[int] | None = None
+) -> dict[str, Any]:
+    """The config.json of ``config``, whose weights are stored as ``dtype`` ("float32", "bfloat16" ...).
+
+    The family is Qwen3 with query and key norms, Qwen2 with q, k and v biases, else Llama. Rotary settings are written in both the
+    layout of transformers 5 and that of 4. Raises CheckpointError where no family has the combination.
+    """
+    if config.qk_norm and config.qkv_bias:
+        raise CheckpointError("model.qk_norm together with model.qkv_bias exists in no Hugging Face family: export is not possible")
+    family, architecture = _family(config)
+    hf = {
+        "architectures": [architecture],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.init_std,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+    }
+    biases = {"llama": {"attention_bias": False, "mlp_bias": False}, "qwen2": {}, "qwen3": {"attention_bias": False}}
+    window = {} if family == "llama" else {"use_sliding_window": False, "sliding_window": None}
+    return {**hf, **biases[family], **window}
+
+
+def _family(config: ModelConfig) -> tuple[str, str]:
+    if config.qk_norm:
+        return "qwen3", "Qwen3ForCausalLM"
+    return ("qwen2", "Qwen2ForCausalLM") if config.qkv_bias else ("llama", "LlamaForCausalLM")
+
+
+def _refuse_other_values(hf: Mapping[str, Any]) -> None:
+    for key, (accepted, reason) in REQUIRED_VALUES.items():
+        if key in hf and hf[key] is not None and hf[key] != accepted:
+            raise CheckpointError(f"config.json: {key} is {hf[key]!r}; only {accepted!r} is supported: {reason}")
+
+
+def _refuse_sliding_window(hf: Mapping[str, Any]) -> None:
+    window = hf.get("sliding_window")
+    if hf["model_type"] == "mistral" and window is not None and window < hf["max_position_embeddings"]:
+        raise CheckpointError(
+            f"config.json: sliding_window is {window}, below max_position_embeddings ({hf['max_position_embeddings']}), so it is in use; "
+            "only null, or a window no smaller than that, is supported"
+        )
+    kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise CheckpointError(f"config.json: layer_types has {', '.join(sorted(kinds))}; only full_attention is supported")
+
+
+def _rope_theta(hf: Mapping[str, Any]) -> float:
+    """The base of the rotary embedding, from whichever layout is present; both must agree."""
+    bases = set()
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(f"config.json: {key} has rope_type {kind!r}; only 'default' is supported")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointError(f"config.json: {key} has partial_rotary_factor {rope['partial_rotary_factor']}; only 1.0 is supported")
+        unknown = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if unknown:
+            raise CheckpointError(f"config.json: {key} has {', '.join(sorted(unknown))}, which is not supported")
+        bases.add(rope.get("rope_theta"))
+    bases = (bases | {hf.get("rope_theta")}) - {None}
+    if len(bases) > 1:
+        raise CheckpointError(f"config.json: rope_theta is given as {' and as '.join(str(base) for base in sorted(bases))}")
+    return float(bases.pop()) if bases else 10000.0
+
+
+def _require(hf: Mapping[str, Any], key: str) -> int:
+    if not isinstance(hf.get(key), int):
+        raise CheckpointError(f"config.json: {key} is {hf.get(key)!r}; a number is needed")
+    return hf[key]
+
+
+def _default(hf: Mapping[str, Any], key: str, default: Any) -> Any:
+    return default if hf.get(key) is None else hf[key]

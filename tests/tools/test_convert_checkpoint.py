@@ -1,0 +1,83 @@
+"""The command line that brings Hugging Face models in and hands checkpoints out."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A small model with a tokenizer file, and the leftovers of a run beside it."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=16, eos_token_id=[3, 4]))
+    directory = tmp_path / "source"
+    model.save_pretrained(directory)
+    (directory / "tokenizer.json").write_text('{"model": {}}')
+    (directory / "optimizer").mkdir()
+    (directory / "optimizer" / "master.safetensors").write_bytes(b"state")
+    return directory
+
+
+def test_import_then_export_keeps_logits_and_leaves_the_state_behind(
+    tool: ModuleType, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported, exported = tmp_path / "imported", tmp_path / "exported"
+    assert tool.main(["import", str(source), str(imported), "--max-shard-gib", "0.00001"]) == 0
+    assert "parameters as float32" in capsys.readouterr().out
+    assert len(list(imported.glob("model-*.safetensors"))) > 1
+
+    assert tool.main(["export", str(imported), str(exported)]) == 1
+    assert "no trainer_state.json" in capsys.readouterr().err
+    (imported / "trainer_state.json").write_text("{}")
+    assert tool.main(["export", str(imported), str(exported)]) == 0
+    assert {path.name for path in exported.iterdir()} == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert (exported / "tokenizer.json").read_text() == '{"model": {}}'
+    assert json.loads((exported / "config.json").read_text())["eos_token_id"] == [3, 4]
+
+    tokens = torch.arange(20)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (source, exported)]
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+    assert logits[0].std() > 1e-3
+
+
+def test_import_converts_the_dtype(tool: ModuleType, source: Path, tmp_path: Path) -> None:
+    assert tool.main(["import", str(source), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert model.dtype == torch.bfloat16
+    theirs = AutoModelForCausalLM.from_pretrained(source).to(torch.bfloat16).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+
+
+def test_errors_name_the_file_and_leave_nothing(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    command = [sys.executable, str(TOOL), "import", str(source), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: config.json: model_type is 'mixtral'")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_an_existing_target_is_not_overwritten(tool: ModuleType, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (source / "config.json").read_bytes()
+    assert tool.main(["import", str(source), str(source)]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert (source / "config.json").read_bytes() == before
