@@ -1,0 +1,60 @@
+"""Numbers as people read them, in plain ASCII."""
+
+import math
+from datetime import datetime
+
+_SCALES = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
+
+
+def count(value: float) -> str:
+    """A number of things to three digits: ``8.19 k``, ``1.2 M``; ``n/a`` when it was not measured."""
+    if not math.isfinite(value):
+        return "n/a"
+    value = float(f"{value:.3g}")
+    for scale, suffix in _SCALES:
+        if abs(value) >= scale:
+            return f"{value / scale:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def loss(value: float | None) -> str:
+    """Nats per token to three decimals."""
+    return "n/a" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def percent(value: float | None) -> str:
+    """A change in percent with its sign, to one decimal."""
+    return "n/a" if value is None or not math.isfinite(value) else f"{value:+.1f} %"
+
+
+def number(value: float | None, decimals: int = 2) -> str:
+    """A measured number, or ``n/a``."""
+    return "n/a" if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
+
+
+def learning_rate(value: float) -> str:
+    """Scientific notation without needless zeros: ``3e-4``."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "n/a"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``42 s``, ``4 min 12 s``, ``3 h 05 min`` or ``2 d 03 h``."""
+    if not math.isfinite(seconds):
+        return "n/a"
+    whole = round(seconds)
+    minutes, seconds_left = divmod(whole, 60)
+    hours, minutes_left = divmod(minutes, 60)
+    days, hours_left = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours_left:02d} h"
+    if hours:
+        return f"{hours} h {minutes_left:02d} min"
+    return f"{minutes} min {seconds_left:02d} s" if minutes else f"{whole} s"
+
+
+def moment(time: float) -> str:
+    """A Unix time as date and minute in the local time zone."""
+    return datetime.fromtimestamp(time).astimezone().strftime("%Y-%m-%d %H:%M %Z")

@@ -1,0 +1,288 @@
+"""Reads what a run wrote about itself: ``config.yaml`` and ``metrics.jsonl``."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+import numpy as np
+import yaml
+
+from megatron_ext.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRecord:
+    """A process group began to train: from nothing (step 0) or from a checkpoint (step > 0). Entropies in nats per token."""
+
+    time: float
+    step: int
+    run: str
+    ranks: int = 1
+    parameters: int = 0
+    total_steps: int = 0
+    tokens_per_step: int = 0
+    device: str = ""
+    dtype: str = ""
+    attention: str = ""
+    unigram_entropy: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecord:
+    """One optimizer step. Losses in nats per token, ``tokens`` cumulative over the run, everything else of this step alone."""
+
+    time: float
+    step: int
+    tokens: int
+    loss: float
+    loss_by_source: dict[str, float] = field(default_factory=dict)
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
+    lr: float = math.nan
+    grad_norm: float = math.nan
+    tokens_per_second: float = math.nan
+    tflops: float = math.nan
+    memory_gib: float = math.nan
+    step_seconds: float = math.nan
+    pack_fill: float = math.nan
+    length_histogram: dict[str, int] = field(default_factory=dict)
+    skipped_steps: int = 0
+    epochs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """Loss (nats per token) on one source after ``step`` optimizer steps and ``tokens`` training tokens of the run."""
+
+    time: float
+    step: int
+    tokens: int
+    source: str
+    loss: float
+    split: str = "validation"
+    eval_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRecord:
+    """Something that happened once: ``checkpoint``, ``resume``, ``stop`` or ``skip``."""
+
+    step: int
+    event: str
+    time: float = math.nan
+
+
+Record = StartRecord | TrainRecord | EvalRecord | EventRecord
+
+_RECORDS: Mapping[str, type] = MappingProxyType(
+    {"start": StartRecord, "train": TrainRecord, "eval": EvalRecord, "event": EventRecord},
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one run directory says, each list in the order of its steps."""
+
+    directory: Path
+    config: dict[str, Any]
+    starts: list[StartRecord]
+    train: list[TrainRecord]
+    evals: list[EvalRecord]
+    events: list[EventRecord]
+    seconds: float
+    """Time between each start and the last record that followed it, summed over starts."""
+    torn: bool
+    """The last line of metrics.jsonl was cut off while it was written, and is not in the lists."""
+
+    @property
+    def name(self) -> str:
+        """Name that the run gave itself."""
+        return self.starts[-1].run
+
+    @cached_property
+    def tokens(self) -> int:
+        """Training tokens of the whole run."""
+        return max((record.tokens for record in [*self.train, *self.evals]), default=0)
+
+    @cached_property
+    def unigram_entropy(self) -> dict[str, float]:
+        """Entropy of each source's token frequencies, in nats per token; a later start wins."""
+        return {source: value for start in self.starts for source, value in start.unigram_entropy.items()}
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """Every source trained or evaluated on, in order of first appearance."""
+        trained = (source for record in self.train for source in record.tokens_by_source or record.loss_by_source)
+        return list(dict.fromkeys([*trained, *(record.source for record in self.evals)]))
+
+    @cached_property
+    def tokens_by_source(self) -> dict[str, int]:
+        """Training tokens of the whole run by source."""
+        totals: dict[str, int] = {}
+        for record in self.train:
+            for source, tokens in record.tokens_by_source.items():
+                totals[source] = totals.get(source, 0) + tokens
+        return totals
+
+    @cached_property
+    def epochs(self) -> dict[str, float]:
+        """How often the run has read each source, by the last record that says so."""
+        return {source: value for record in self.train for source, value in record.epochs.items()}
+
+    @cached_property
+    def length_histogram(self) -> dict[int, int]:
+        """Documents of the run with a length in (key/2, key] tokens, by increasing key."""
+        totals: dict[int, int] = {}
+        for record in self.train:
+            for key, documents in record.length_histogram.items():
+                totals[int(key)] = totals.get(int(key), 0) + documents
+        return dict(sorted(totals.items()))
+
+    @cached_property
+    def skipped(self) -> list[int]:
+        """Steps whose update was left out, because of an event or because the counter of skipped steps grew."""
+        steps = {event.step for event in self.events if event.event == "skip"}
+        counters = [0, *(record.skipped_steps for record in self.train)]
+        steps |= {self.train[i].step for i in range(len(self.train)) if counters[i + 1] > counters[i]}
+        return sorted(steps)
+
+    def column(self, name: str) -> np.ndarray:
+        """Values of one field of the train records, float64 [steps]."""
+        return np.array([getattr(record, name) for record in self.train], dtype=np.float64)
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read a run directory.
+
+    A last line that was cut off is left out and noted in ``Run.torn``. After a resume at step S, records of later steps that the
+    earlier attempt left behind no longer count, and a record of the same step replaces the earlier one.
+
+    Raises:
+        DataError: the directory or one of its two files is missing, or a line is not a record; names the file and line.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such run directory; expected a directory with config.yaml and metrics.jsonl")
+    lines, torn = _read_lines(directory / "metrics.jsonl")
+    records = list(_parse_lines(lines, directory / "metrics.jsonl"))
+    if not records or not isinstance(records[0], StartRecord):
+        raise DataError(f"{directory / 'metrics.jsonl'}:1: the first record must be of kind 'start'")
+    train: dict[int, TrainRecord] = {}
+    evals: dict[tuple[int, str, str], EvalRecord] = {}
+    events: list[EventRecord] = []
+    for record in records:
+        match record:
+            case StartRecord():
+                train = {step: old for step, old in train.items() if step <= record.step}
+                evals = {key: old for key, old in evals.items() if old.step <= record.step}
+                events = [old for old in events if old.step <= record.step]
+            case TrainRecord():
+                train[record.step] = record
+            case EvalRecord():
+                evals[record.step, record.source, record.split] = record
+            case EventRecord():
+                events.append(record)
+    return Run(
+        directory=directory,
+        config=_read_config(directory / "config.yaml"),
+        starts=[record for record in records if isinstance(record, StartRecord)],
+        train=sorted(train.values(), key=lambda record: record.step),
+        evals=sorted(evals.values(), key=lambda record: record.step),
+        events=events,
+        seconds=_active_seconds(records),
+        torn=torn,
+    )
+
+
+def _active_seconds(records: list[Record]) -> float:
+    """Sum over starts of the time to the last record before the next start."""
+    total, begin, end = 0.0, math.nan, math.nan
+    for record in records:
+        if isinstance(record, StartRecord):
+            total += 0.0 if math.isnan(begin) else end - begin
+            begin = end = record.time
+        elif not math.isnan(record.time):
+            end = record.time
+    return total + end - begin
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a run directory holds its resolved config there") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: expected a mapping of keys to values, found {type(config).__name__}")
+    return config
+
+
+def _read_lines(path: Path) -> tuple[list[bytes], bool]:
+    """The lines of a file, without a last one that has neither a newline nor the end of its JSON object; and whether there was one."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a run writes its records there") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    *lines, last = content.split(b"\n")
+    if not last:
+        return lines, False
+    try:
+        json.loads(last)
+    except ValueError:
+        return lines, True
+    return [*lines, last], False
+
+
+def _parse_lines(lines: list[bytes], path: Path) -> Iterator[Record]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield _parse_record(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a record of metrics: {error}; the line is {line[:80]!r}") from None
+
+
+def _parse_record(values: Any) -> Record:
+    """Make a record from a JSON object; keys that it does not know are left to other readers."""
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in _RECORDS:
+        raise ValueError(f"kind is {kind!r}, accepted are {', '.join(_RECORDS)}")
+    record, hints = _RECORDS[kind], get_type_hints(_RECORDS[kind])
+    chosen = {}
+    for item in fields(record):
+        if item.name in values:
+            chosen[item.name] = _checked(item.name, values[item.name], hints[item.name])
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{kind} record without {item.name!r}")
+    if not all(_is_power_of_two(key) for key in chosen.get("length_histogram", {})):
+        raise ValueError("length_histogram has a key that is not a power of two")
+    return record(**chosen)
+
+
+def _checked(name: str, value: Any, expected: Any) -> Any:
+    """``value`` if it has the type ``expected``; null stands for a number that was not measured."""
+    if expected is float and value is None:
+        return math.nan
+    if expected is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if expected is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if expected is str and isinstance(value, str):
+        return value
+    arguments = getattr(expected, "__args__", ())
+    if arguments and isinstance(value, dict):
+        return {key: _checked(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
+    raise ValueError(f"{name} is {value!r}, expected {expected if arguments else expected.__name__}")
+
+
+def _is_power_of_two(key: str) -> bool:
+    return key.isascii() and key.isdigit() and int(key).bit_count() == 1

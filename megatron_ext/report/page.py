@@ -1,0 +1,154 @@
+"""One self-contained HTML page about a chain of runs: no script, nothing loaded from elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from megatron_ext.atomic_io import atomic_open
+from megatron_ext.report import formats
+from megatron_ext.report.canvas import SERIES
+from megatron_ext.report.figures import Figure, all_figures, forgetting_curve
+from megatron_ext.report.html import Html, element, number_cell, table
+from megatron_ext.report.metrics import Run
+from megatron_ext.report.style import PAGE_CSS
+from megatron_ext.report.summary import Phase, SourceResult, arrange, headline, results, source_order
+
+
+def write_report(runs: Sequence[Run], output: str | Path, compare: Mapping[str, Run] | None = None) -> None:
+    """Write the page for ``runs`` (one after the other) and control runs (label -> run, each an alternative to the last run).
+
+    Raises:
+        DataError: there is no run.
+    """
+    phases = arrange(runs, compare)
+    with atomic_open(output) as file:
+        file.write(render(phases))
+
+
+def render(phases: Sequence[Phase]) -> str:
+    """The page as text."""
+    title = " \u2192 ".join(phase.label for phase in phases if not phase.is_control)
+    forgetting = forgetting_curve(phases)
+    head = element(
+        "head",
+        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        element("title", f"{title} \u00b7 training report"),
+        element("style", Html(PAGE_CSS)),
+    )
+    body = element(
+        "body",
+        element("header", element("h1", title), element("p", _when_and_where(phases), class_="muted")),
+        element("p", headline(phases), class_="headline"),
+        _tiles(phases),
+        element("h2", "How the loss moved"),
+        _figure(forgetting) if forgetting else element("p", "No source was evaluated in these runs.", class_="muted"),
+        element("h2", "Each phase and source"),
+        _results_table(phases),
+        element("h2", "How training went"),
+        element("div", *(_figure(figure) for figure in all_figures(phases)), class_="grid"),
+        element("h2", "What ran"),
+        _phases_table(phases),
+        *_notes(phases),
+        *(_details(phase) for phase in phases),
+    )
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _when_and_where(phases: Sequence[Phase]) -> str:
+    first, last = phases[0].run.starts[0], [phase for phase in phases if not phase.is_control][-1].run.starts[-1]
+    parts = [
+        formats.moment(first.time),
+        f"{last.ranks} {'rank' if last.ranks == 1 else 'ranks'} on {last.device or 'unknown device'}",
+        f"{formats.count(last.parameters)} parameters",
+        last.dtype,
+        f"{last.attention} attention" if last.attention else "",
+    ]
+    return " \u00b7 ".join(part for part in parts if part)
+
+
+def _tiles(phases: Sequence[Phase]) -> Html:
+    chain = [phase.run for phase in phases if not phase.is_control]
+    facts = {
+        "Training tokens": formats.count(sum(run.tokens for run in chain)),
+        "Optimizer steps": f"{sum(len(run.train) for run in chain):,}",
+        "Time": formats.duration(sum(run.seconds for run in chain)),
+        "Tokens per second": formats.count(_median(chain, "tokens_per_second")),
+        "Model TFLOP/s": formats.number(_median(chain, "tflops")),
+        "Memory per rank": formats.number(_largest(chain, "memory_gib")) + " GiB",
+    }
+    tiles = [element("div", element("dt", name), element("dd", value)) for name, value in facts.items() if not value.startswith("n/a")]
+    return element("dl", *tiles, class_="tiles")
+
+
+def _results_table(phases: Sequence[Phase]) -> Html:
+    names = ("first eval", "last eval", "change", "unigram entropy", "tokens seen", "epochs")
+    rows = results(phases)
+    order = source_order(phases)
+    body = []
+    for i in range(len(rows)):
+        begins_phase = i == 0 or rows[i].phase is not rows[i - 1].phase
+        body.append(_result_row(rows[i], order.index(rows[i].source), begins_phase))
+    return table([("phase", False), ("source", False), *((name, True) for name in names)], body)
+
+
+def _result_row(row: SourceResult, color: int, begins_phase: bool) -> Html:
+    swatch = element("span", class_="swatch", style=f"background: var(--series-{color % SERIES})")
+    classes = ["new-phase"] * begins_phase + ["control"] * row.phase.is_control
+    numbers = (
+        formats.loss(row.first_loss),
+        formats.loss(row.last_loss),
+        formats.percent(row.change),
+        formats.loss(row.unigram_entropy),
+        formats.count(row.tokens),
+        formats.number(row.epochs),
+    )
+    label = row.phase.label if begins_phase else ""
+    cells = [element("td", label), element("td", swatch, row.name), *map(number_cell, numbers)]
+    return element("tr", *cells, class_=" ".join(classes))
+
+
+def _phases_table(phases: Sequence[Phase]) -> Html:
+    names = ("steps", "tokens per step", "tokens", "time", "resumes", "skipped", "checkpoints")
+    rows = []
+    for phase in phases:
+        run, start = phase.run, phase.run.starts[-1]
+        done = f"{run.train[-1].step:,} of {start.total_steps:,}" if run.train else f"0 of {start.total_steps:,}"
+        resumes = sum(start.step > 0 for start in run.starts)
+        checkpoints = len({event.step for event in run.events if event.event == "checkpoint"})
+        numbers = (done, formats.count(start.tokens_per_step), formats.count(run.tokens), formats.duration(run.seconds))
+        counters = (str(resumes), str(len(run.skipped)), str(checkpoints))
+        cells = [element("td", phase.label), element("td", formats.moment(run.starts[0].time)), *map(number_cell, (*numbers, *counters))]
+        rows.append(element("tr", *cells, class_="control" if phase.is_control else ""))
+    return table([("phase", False), ("started", False), *((name, True) for name in names)], rows)
+
+
+def _notes(phases: Sequence[Phase]) -> list[Html]:
+    text = "{}: the last line of metrics.jsonl was cut off while it was written, and is left out."
+    return [element("p", text.format(phase.label), class_="muted") for phase in phases if phase.run.torn]
+
+
+def _details(phase: Phase) -> Html:
+    versions = ", ".join(f"{name} {version}" for name, version in phase.run.starts[-1].versions.items())
+    return element(
+        "details",
+        element("summary", f"Configuration of {phase.label}"),
+        element("p", f"{phase.run.directory} \u00b7 {versions}", class_="muted"),
+        element("pre", yaml.safe_dump(phase.run.config, sort_keys=False, allow_unicode=True)),
+    )
+
+
+def _figure(figure: Figure) -> Html:
+    return element("figure", element("h3", figure.title), element("figcaption", figure.caption), Html(figure.svg))
+
+
+def _median(runs: Sequence[Run], column: str) -> float:
+    values = np.concatenate([run.column(column) for run in runs])
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else float("nan")
+
+
+def _largest(runs: Sequence[Run], column: str) -> float:
+    values = np.concatenate([run.column(column) for run in runs])
+    return float(np.max(values[np.isfinite(values)], initial=-np.inf))
