@@ -106,9 +106,9 @@ def training_loss(phases: Sequence[Phase]) -> Figure | None:
             steps = [record for record in phase.run.train if source in record.loss_by_source]
             tokens = np.array([phase.offset + record.tokens for record in steps], dtype=np.float64)
             losses = np.array([record.loss_by_source[source] for record in steps])
-            weights = np.array([record.tokens_by_source.get(source, 1) for record in steps], dtype=np.float64)
+            seen = np.array([record.tokens_by_source.get(source, record.tokens) for record in steps], dtype=np.float64)
             if steps:
-                curves.append((source, tokens, losses, canvas.smooth(losses, weights)))
+                curves.append((source, tokens, losses, canvas.smooth(losses, np.diff(seen, prepend=0.0))))
     if not curves:
         return None
     figure, (axes,) = canvas.new_figure(_HALF, 250)

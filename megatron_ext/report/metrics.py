@@ -35,7 +35,7 @@ class StartRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord:
-    """One optimizer step. Losses in nats per token, ``tokens`` cumulative over the run, everything else of this step alone."""
+    """One optimizer step. Losses in nats per token; tokens, skipped steps and epochs count from the start of the run."""
 
     time: float
     step: int
@@ -123,11 +123,7 @@ class Run:
     @cached_property
     def tokens_by_source(self) -> dict[str, int]:
         """Training tokens of the whole run by source."""
-        totals: dict[str, int] = {}
-        for record in self.train:
-            for source, tokens in record.tokens_by_source.items():
-                totals[source] = totals.get(source, 0) + tokens
-        return totals
+        return {source: tokens for record in self.train for source, tokens in record.tokens_by_source.items()}
 
     @cached_property
     def epochs(self) -> dict[str, float]:

@@ -92,7 +92,7 @@ def results(phases: Sequence[Phase]) -> list[SourceResult]:
     """The final table: a row for each phase and each source that it trained or evaluated on."""
     rows: list[SourceResult] = []
     for phase in phases:
-        earlier = {source for before in _phases_before(phase, phases) for source in before.run.tokens_by_source}
+        earlier = {source for before in _phases_before(phase, phases) for source, n in before.run.tokens_by_source.items() if n}
         curves = evaluations(phase.run)
         evaluated = {source for source, _ in curves}
         unevaluated = [(source, "validation") for source in phase.run.sources if source not in evaluated]

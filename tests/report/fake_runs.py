@@ -31,7 +31,7 @@ def start(run: str = "pretrain", **changes: Any) -> dict[str, Any]:
 def train(step: int, loss: float = 5.0, **changes: Any) -> dict[str, Any]:
     tokens = step * TOKENS_PER_STEP
     record = {"kind": "train", "time": 1.7e9 + 2 * step, "step": step, "tokens": tokens, "loss": loss, "loss_by_source": {"prose": loss}}
-    record |= {"tokens_by_source": {"prose": TOKENS_PER_STEP}, "lr": 3e-4, "grad_norm": 1.5, "tokens_per_second": 4096.0, "tflops": 0.05}
+    record |= {"tokens_by_source": {"prose": tokens}, "lr": 3e-4, "grad_norm": 1.5, "tokens_per_second": 4096.0, "tflops": 0.05}
     record |= {"memory_gib": 0.9, "step_seconds": 2.0, "packs": 4, "pack_fill": 0.97, "length_histogram": {"64": 3, "128": 10, "256": 2}}
     return record | {"skipped_steps": 0, "epochs": {"prose": 0.01 * step}} | changes
 
@@ -85,7 +85,7 @@ def _realistic_step(
         loss=sum(losses[source] * share for source, share in shares.items()),
         time=time,
         loss_by_source=losses,
-        tokens_by_source={source: int(TOKENS_PER_STEP * share) for source, share in shares.items()},
+        tokens_by_source={source: int(TOKENS_PER_STEP * share) * step for source, share in shares.items()},
         lr=3e-3 * warmup * (0.55 + 0.45 * np.cos(np.pi * progress)),
         grad_norm=float(np.exp(random.normal(0.9 - progress, 0.3))),
         tokens_per_second=float(random.normal(4700, 160)),

@@ -139,3 +139,12 @@ def test_null_and_nan_stand_for_numbers_that_were_not_measured(tmp_path: Path) -
 
 def test_keys_of_later_versions_are_left_alone(tmp_path: Path) -> None:
     assert read_run(write_run(tmp_path / "run", [start(), train(1, loss=4.5, temperature=3)])).train[0].loss == 4.5
+
+
+def test_tokens_by_source_are_those_of_the_last_step_that_names_them(tmp_path: Path) -> None:
+    steps = [
+        train(1, tokens_by_source={"prose": 10}),
+        train(2, tokens_by_source={"prose": 15, "code": 4}),
+        train(3, tokens_by_source={"code": 9}),
+    ]
+    assert read_run(write_run(tmp_path / "run", [start(), *steps])).tokens_by_source == {"prose": 15, "code": 9}

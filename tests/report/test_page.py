@@ -200,7 +200,7 @@ def test_a_torn_line_is_told(tmp_path: Path) -> None:
 
 def test_many_steps_and_sources_stay_a_small_page(tmp_path: Path) -> None:
     sources = [f"source{i}" for i in range(12)]
-    steps = [train(i, loss_by_source={sources[i % 12]: 5.0}, tokens_by_source={sources[i % 12]: 10}) for i in range(1, 6001)]
+    steps = [train(i, loss_by_source={sources[i % 12]: 5.0}, tokens_by_source={sources[i % 12]: 10 * i}) for i in range(1, 6001)]
     losses = [evaluation(step, source, 6.0 - step / 6000) for step in (0, 6000) for source in sources]
     text = render(arrange([read_run(write_run(tmp_path / "run", [start(), *steps, *losses]))]))
     assert len(text) < 1_500_000

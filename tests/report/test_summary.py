@@ -33,7 +33,7 @@ def test_final_table_has_the_numbers_of_the_records(tmp_path: Path) -> None:
     prose, code = rows["continual", "prose"], rows["continual", "code"]
     assert (prose.first_loss, prose.last_loss, prose.tokens, prose.epochs) == (4.0, 4.1, 0, None)
     assert prose.change == pytest.approx(2.5)
-    assert (code.first_loss, code.last_loss, code.tokens, code.epochs) == (5.0, 3.0, 600, pytest.approx(0.3))
+    assert (code.first_loss, code.last_loss, code.tokens, code.epochs) == (5.0, 3.0, 300, pytest.approx(0.3))
     assert code.change == pytest.approx(-40)
     assert rows["pretrain", "prose"].tokens == 2 * TOKENS_PER_STEP
     assert rows["pretrain", "code"].unigram_entropy == 5.63
@@ -101,3 +101,10 @@ def test_one_evaluation_is_no_change_and_splits_are_kept_apart(tmp_path: Path) -
 def test_a_source_that_was_trained_but_not_evaluated_has_a_row(tmp_path: Path) -> None:
     (row,) = results(arrange([read_run(write_run(tmp_path / "run", [start(), train(1)]))]))
     assert (row.source, row.first_loss, row.last_loss, row.tokens) == ("prose", None, None, TOKENS_PER_STEP)
+
+
+def test_a_source_that_an_earlier_phase_named_but_never_read_is_not_forgotten(tmp_path: Path) -> None:
+    unread = write_run(tmp_path / "a", [start(), train(1, tokens_by_source={"prose": 10, "code": 0})])
+    after = write_run(tmp_path / "b", [start("continual"), *_both(0, 4.0, 5.0), train(1), *_both(1, 4.1, 3.0)])
+    rows = _by_key(results(arrange([read_run(unread), read_run(after)])))
+    assert [rows["continual", source].is_earlier for source in ("prose", "code")] == [True, False]
