@@ -6,12 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from megatron_ext.checkpoint.options import CheckpointOptions
 from megatron_ext.config.deepspeed_keys import check_deepspeed_section
+from megatron_ext.config.run_options import EvaluationOptions, LoggingOptions, TrainOptions
 from megatron_ext.data.options import DataOptions
 from megatron_ext.model.options import ModelOptions
 from megatron_ext.optim.options import OptimizerOptions, ScheduleOptions
 from megatron_ext.option_rules import require
 from megatron_ext.planning.options import PlanningOptions
-from megatron_ext.train.options import EvaluationOptions, LoggingOptions, TrainOptions
 
 
 class RunConfig(BaseModel):

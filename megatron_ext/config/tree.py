@@ -62,6 +62,7 @@ class ConfigTree:
             key = _key(section, path[:depth])
             if isinstance(section, dict) and section.get(key) is None:
                 section[key] = {}
+                self.places[path[:depth]] = "command line"
             section = section[key]
         return section
 

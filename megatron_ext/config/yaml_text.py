@@ -115,7 +115,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain_value(text) is text else "'")
+        # Only double quotes keep line breaks of every kind as they are.
+        style = '"' if not text.isprintable() else None if plain_value(text) is text else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_ext.errors import CheckpointError
 from megatron_ext.optim.main_gradients import MainGradients, main_dtype
 from megatron_ext.optim.ownership import OwnedRows, assign_rows
 from megatron_ext.parallel.world import World
@@ -73,6 +74,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.updates += 1
         self.zero_grad()
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of all parameters, in the order of the model."""
+        return list(self._parameters)
+
+    def owned_state(self) -> Iterator[tuple[OwnedRows, dict[str, torch.Tensor]]]:
+        """The rows that this rank owns with what resuming needs: ``master`` and the rule's state, by kind."""
+        for owned in self.owned:
+            yield owned.rows, {"master": owned.master.detach(), **self.rule.state[owned.master]}
+
+    @torch.no_grad()
+    def load_owned_state(self, read: Callable[[OwnedRows], dict[str, torch.Tensor]]) -> None:
+        """Replace this rank's rows by what ``read`` returns for them, then every rank's parameters by the new values.
+
+        Raises:
+            CheckpointError: a tensor has another shape than the rows it is read for.
+        """
+        for owned in self.owned:
+            values = read(owned.rows)
+            for kind, value in values.items():
+                if value.ndim and value.shape != owned.master.shape:
+                    raise CheckpointError(
+                        f"{owned.rows.name} ({kind}): rows of the checkpoint are {list(value.shape)}, of the model {list(owned.master.shape)}"
+                    )
+            owned.master.copy_(values.pop("master"))
+            device = owned.master.device
+            self.rule.state[owned.master] = {kind: value.to(device, main_dtype(value.dtype)) for kind, value in values.items()}
+        self.publish()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the accumulated gradients."""
         self.gradients.clear()
@@ -81,14 +111,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _reduce_to_owners(self) -> None:
         masters = {owned.rows: owned.master for owned in self.owned}
+        if self._world.size == 1:
+            for rows, master in masters.items():
+                master.grad = _rows_of(self.gradients[rows.name], rows)
+            return
         pending = []
         for bucket in self._buckets:
             flat = _flatten([_rows_of(self.gradients[rows.name], rows) for rows in bucket])
-            work = dist.reduce(flat, dst=bucket[0].owner, async_op=True) if self._world.size > 1 else None
-            pending.append((bucket, flat, work))
+            pending.append((bucket, flat, dist.reduce(flat, dst=bucket[0].owner, async_op=True)))
         for bucket, flat, work in pending:
-            if work is not None:
-                work.wait()
+            work.wait()
             if bucket[0].owner == self._world.rank:
                 for rows, gradient in _unflatten(flat, [(rows, masters[rows]) for rows in bucket]):
                     masters[rows].grad = gradient

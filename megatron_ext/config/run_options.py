@@ -22,9 +22,10 @@ class TrainOptions:
     """CPU threads of a rank; null: the cores of the machine divided by its ranks."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("steps", "tokens") if getattr(self, name) is not None]
+        given = [length for length in (self.steps, self.tokens) if length is not None]
         require(
-            (len(given) == 1, "steps", self.steps, f"exactly one of steps and tokens; here {' and '.join(given) or 'neither'} is set"),
+            (len(given) > 0, "steps", self.steps, "a number of steps, or null with tokens set"),
+            (len(given) < 2, "tokens", self.tokens, f"null, because steps is set ({self.steps}); exactly one of the two"),
             (self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1"),
             (self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1"),
             (self.threads_per_rank is None or self.threads_per_rank >= 1, "threads_per_rank", self.threads_per_rank, "at least 1, or null"),

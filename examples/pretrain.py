@@ -1,0 +1,36 @@
+"""Pretrain, or continue the pretraining of, a language model.
+
+    deepspeed --num_gpus 8 examples/pretrain.py --config examples/configs/quickstart_pretrain.yaml optimizer.lr=3e-4
+
+Started without a launcher it runs in one process.
+"""
+
+import argparse
+import sys
+
+from megatron_ext.config import load_config
+from megatron_ext.errors import MegatronExtError
+from megatron_ext.train import dry_run, pretrain
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as optimizer.lr=3e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, token budget and layout, and exit")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(dry_run(config))
+        else:
+            pretrain(config)
+    except MegatronExtError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

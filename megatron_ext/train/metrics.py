@@ -1,0 +1,56 @@
+"""metrics.jsonl: one JSON object a line for every step, evaluation and event of a run. Rank 0 writes it."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.atomic_io import atomic_open
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends records to the metrics of a run.
+
+    Args:
+        run_dir: where metrics.jsonl lies.
+        step: records of later steps are dropped: a resumed run computes those steps again.
+        active: False on ranks that do not write.
+    """
+
+    def __init__(self, run_dir: Path, step: int, active: bool) -> None:
+        self._file = None
+        if active:
+            path = run_dir / METRICS_FILE
+            _drop_after(path, step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one record and flush it."""
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as old, atomic_open(path) as new:
+        for line in old:
+            # A line without its end was cut off when the run was killed; its step is computed again.
+            if line.endswith("\n") and 0 <= json.loads(line)["step"] <= step and step > 0:
+                new.write(line)
+
+
+def length_histogram(lengths: Iterable[int]) -> dict[str, int]:
+    """Number of documents by length: key k, a power of two, counts those of more than k / 2 and at most k tokens."""
+    counts = Counter(1 << (length - 1).bit_length() for length in lengths)
+    return {str(key): counts[key] for key in sorted(counts)}

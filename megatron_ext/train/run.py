@@ -1,0 +1,48 @@
+"""A run from a configuration: check, join the other ranks, train."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_ext.atomic_io import atomic_open
+from megatron_ext.config import RunConfig, dump_config, summary
+from megatron_ext.parallel.world import join_world, launched_ranks
+from megatron_ext.train.build import prepare
+from megatron_ext.train.sources import CONFIG_FILE
+from megatron_ext.train.trainer import Trainer
+
+
+def pretrain(config: RunConfig) -> None:
+    """Train as ``config`` says, on the ranks that the launcher started, or in this process alone.
+
+    Raises:
+        ConfigError, DataError: before any process group exists.
+        CheckpointError: a checkpoint cannot be read or written.
+    """
+    setup = prepare(config)
+    world = join_world(config.train.threads_per_rank)
+    try:
+        run_dir = Path(config.run_dir)
+        if world.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        world.barrier()
+        trainer = Trainer(setup, world)
+        if world.is_main:
+            trainer.stop.clear()
+            with atomic_open(run_dir / CONFIG_FILE) as file:
+                file.write(dump_config(config))
+        trainer.train()
+    finally:
+        dist.destroy_process_group()
+
+
+def dry_run(config: RunConfig) -> str:
+    """What a run would be: the resolved configuration, the token budget and the layout. Reads data and model shape, starts nothing."""
+    setup = prepare(config)
+    _, size = launched_ranks()
+    text = summary(config, size, setup.model.num_parameters())
+    rows = []
+    for corpus, share in zip(setup.mixture.corpora, setup.mixture.shares, strict=True):
+        epochs = share * setup.token_budget / corpus.dataset.num_tokens
+        rows.append(f"  {corpus.name}: {share:.1%} of the tokens, {corpus.dataset.num_tokens:,} in the corpus, {epochs:.2f} epochs")
+    return text + "sources\n" + "\n".join(rows)

@@ -1,0 +1,244 @@
+"""The loop: documents, plan, step, metrics; now and then evaluation and a checkpoint."""
+
+import base64
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
+from megatron_ext.checkpoint.save import CheckpointWriter
+from megatron_ext.config import deepspeed_config, total_steps
+from megatron_ext.data.batch import PackedBatch, read_pack
+from megatron_ext.data.corpus import Piece
+from megatron_ext.errors import DataError
+from megatron_ext.optim.schedules import learning_rate_factor
+from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
+from megatron_ext.parallel.world import World
+from megatron_ext.planning import Plan, plan_step
+from megatron_ext.train.build import Setup, build_model, build_optimizer
+from megatron_ext.train.console import Console
+from megatron_ext.train.engine import Engine, StepResult
+from megatron_ext.train.evaluation import evaluate
+from megatron_ext.train.metrics import MetricsWriter, length_histogram
+from megatron_ext.train.stopping import StopRequest
+
+CHECKPOINTS = "checkpoints"
+
+
+class Trainer:
+    """One run on all ranks. Made after the process group; ``train`` runs it from wherever it stands to its end or until it is stopped."""
+
+    def __init__(self, setup: Setup, world: World) -> None:
+        self.setup, self.world = setup, world
+        self.config = setup.config
+        self.run_dir = Path(self.config.run_dir)
+        self.total_steps = total_steps(self.config)
+        self.step = 0
+        self.tokens = 0
+        self.tokens_by_source = dict.fromkeys((corpus.name for corpus in setup.mixture.corpora), 0)
+        self.skipped_steps = 0
+        self.stop = StopRequest(self.run_dir)
+        self._check_same_data()
+        self.model, self.chosen = build_model(setup, world)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer, world)
+        self.resumed_from = self._resume()
+        self.console = Console(world.is_main, self.total_steps)
+        self.metrics = MetricsWriter(self.run_dir, self.step, world.is_main)
+        self.engine = Engine(self.model, self.optimizer, world, deepspeed_config(self.config, world.size), len(self.tokens_by_source))
+        self.checkpoints = CheckpointWriter(
+            self.run_dir / CHECKPOINTS,
+            world,
+            setup.hf_config(next(self.model.parameters()).dtype),
+            setup.copy_tokenizer,
+            self.config.checkpoint.keep_last,
+            int(self.config.checkpoint.max_shard_gib * 2**30),
+        )
+
+    def train(self) -> None:
+        """Run to the last step, or to the end of the step in which a stop was asked for; then save."""
+        self._introduce()
+        saved = self.step
+        if self.step == 0:
+            self._evaluate()
+        self.console.start_clock()
+        while self.step < self.total_steps:
+            stopping = self._train_step()
+            if self._due(self.config.evaluation.every) or self.step == self.total_steps:
+                self._evaluate()
+            if stopping or self._due(self.config.checkpoint.every) or self.step == self.total_steps:
+                self._save()
+                saved = self.step
+            if stopping:
+                self.metrics.write("event", event="stop", step=self.step)
+                self.console.say(f"stopped after step {self.step} on request; start the same command again to continue")
+                break
+        else:
+            self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
+        self.metrics.close()
+        self.engine.close()
+
+    def _train_step(self) -> bool:
+        """One optimizer step; returns whether a rank was asked to stop."""
+        begin = time.perf_counter()
+        pieces = self.setup.mixture.take(self.config.data.tokens_per_step)
+        plan = plan_step(
+            [len(piece) for piece in pieces], self.world.size, tokens_per_pack=self.setup.tokens_per_pack, policy=self.config.planning.policy
+        )
+        self.step += 1
+        lr = self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step, self.total_steps)
+        self.optimizer.set_learning_rate(lr)
+        asked = torch.tensor([float(self.stop.reason is not None)], dtype=torch.float64)
+        result = self.engine.step(self._packs(plan, pieces), sum(piece.loss_tokens for piece in pieces), asked)
+        synchronize(self.world.device)
+        self.skipped_steps += result.skipped
+        self._record(pieces, plan, result, lr, time.perf_counter() - begin)
+        return bool(result.flags[0] > 0)
+
+    def _packs(self, plan: Plan, pieces: list[Piece]) -> Iterator[PackedBatch]:
+        for pack in plan.packs_of(self.world.rank):
+            yield read_pack(pack, pieces, self.setup.mixture.corpora, self.setup.model.vocab_size)
+
+    def _record(self, pieces: list[Piece], plan: Plan, result: StepResult, lr: float, seconds: float) -> None:
+        lengths = [len(piece) for piece in pieces]
+        step_tokens = sum(lengths)
+        self.tokens += step_tokens
+        names = list(self.tokens_by_source)
+        for piece in pieces:
+            self.tokens_by_source[names[piece.source]] += len(piece)
+        context = sum(length * length for length in lengths) / step_tokens
+        flops = self.setup.model.flops_per_token(context)
+        by_source = zip(names, result.loss_sums.tolist(), result.loss_tokens.tolist(), strict=True)
+        record = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": result.loss,
+            "loss_by_source": {name: loss / count for name, loss, count in by_source if count},
+            "tokens_by_source": dict(self.tokens_by_source),
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": step_tokens / seconds,
+            "tflops": step_tokens * flops / seconds / 1e12,
+            "memory_gib": peak_memory_bytes(self.world.device) / 2**30,
+            "step_seconds": seconds,
+            "packs": len(plan.packs),
+            "pack_fill": plan.fill(self.setup.tokens_per_pack),
+            "length_histogram": length_histogram(lengths),
+            "skipped_steps": self.skipped_steps,
+            "epochs": self.setup.mixture.epochs(),
+        }
+        self.metrics.write("train", **record)
+        self.engine.write_monitors([(f"train/{key}", record[key], self.step) for key in ("loss", "lr", "grad_norm", "tokens_per_second")])
+        self.console.count(step_tokens)
+        if self._due(self.config.logging.every) or self.step in (1, self.total_steps):
+            self.console.step_line(record, flops)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _evaluate(self) -> None:
+        results = evaluate(self.model, self.setup.validation, self.world, self.setup.tokens_per_pack, self.setup.model.vocab_size)
+        for each in results:
+            self.metrics.write(
+                "eval",
+                step=self.step,
+                tokens=self.tokens,
+                source=each.source,
+                split=each.split,
+                loss=each.loss,
+                eval_tokens=each.tokens,
+            )
+        self.engine.write_monitors([(f"{each.split}/{each.source}", each.loss, self.step) for each in results])
+        if results:
+            losses = ", ".join(f"{each.source} {each.loss:.4f}" for each in results)
+            self.console.say(f"step {self.step}: {results[0].split} loss {losses}")
+
+    def _save(self) -> None:
+        begin = time.perf_counter()
+        path = self.checkpoints.save(self.step, self.model, self.optimizer, self._state())
+        seconds = time.perf_counter() - begin
+        self.metrics.write("event", event="checkpoint", step=self.step, path=str(path), seconds=seconds)
+        self.console.say(f"saved {path} in {seconds:.1f} s")
+        self.console.start_clock()
+
+    def _state(self) -> dict[str, Any]:
+        """What resuming needs beside the optimizer."""
+        return {
+            "format": 1,
+            "tokens": self.tokens,
+            "tokens_by_source": self.tokens_by_source,
+            "skipped_steps": self.skipped_steps,
+            "updates": self.optimizer.updates,
+            "total_steps": self.total_steps,
+            "data": self.setup.mixture.state_dict(),
+            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "ranks": self.world.size,
+            "versions": _versions(),
+        }
+
+    def _resume(self) -> Path | None:
+        """Continue from the checkpoint that the configuration names; None if the run begins."""
+        path = find_checkpoint(self.run_dir / CHECKPOINTS, self.config.checkpoint.resume)
+        if path is None:
+            return None
+        state = verify(path, self.world)
+        self.setup.mixture.load_state_dict(state["data"], self.config.checkpoint.allow_changed_data)
+        load_optimizer(path, self.optimizer)
+        self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
+        self.tokens_by_source |= {name: n for name, n in state["tokens_by_source"].items() if name in self.tokens_by_source}
+        self.optimizer.updates = state["updates"]
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
+        return path
+
+    def _check_same_data(self) -> None:
+        seen = self.world.gather(self.setup.mixture.fingerprint())
+        other = next((rank for rank, each in enumerate(seen) if each != seen[0]), None)
+        if other is not None:
+            raise DataError(f"rank {other} sees other training data than rank 0: the files of data.sources differ between machines")
+
+    def _introduce(self) -> None:
+        """Print the banner and write the start record."""
+        setup, ranks = self.setup, self.world.size
+        parameters = setup.model.num_parameters()
+        entropy = {each.name: each.unigram_entropy() for each in setup.validation} if self.world.is_main else {}
+        shares = zip(setup.mixture.corpora, setup.mixture.shares, strict=True)
+        self.console.say(f"megatron_ext {version('megatron_ext')}: {self.run_dir}")
+        self.console.banner(
+            {
+                "ranks": f"{ranks} data parallel, {describe(self.world.device)}",
+                "parameters": f"{parameters:,}",
+                "optimizer": f"AdamW on {self._master_dtype()} master weights, each rank owns about {parameters // ranks:,} parameters",
+                "step": f"{self.config.data.tokens_per_step:,} tokens at most; packs of {setup.tokens_per_pack:,}, {self.config.planning.policy}",
+                "budget": f"{self.total_steps:,} steps, {setup.token_budget:,} tokens",
+                "data": ", ".join(f"{corpus.name} {share:.1%} ({corpus.dataset.num_tokens:,} tokens)" for corpus, share in shares),
+                **self.chosen,
+                **({"unigram entropy": ", ".join(f"{name} {value:.3f}" for name, value in entropy.items())} if entropy else {}),
+                **({"resumed from": str(self.resumed_from)} if self.resumed_from else {}),
+            }
+        )
+        self.metrics.write(
+            "start",
+            step=self.step,
+            tokens=self.tokens,
+            run=self.run_dir.name,
+            ranks=ranks,
+            parameters=parameters,
+            total_steps=self.total_steps,
+            tokens_per_step=self.config.data.tokens_per_step,
+            device=describe(self.world.device),
+            dtype=self.chosen["dtype"].split()[0],
+            attention=self.chosen["attention"].split()[0],
+            unigram_entropy=entropy,
+            versions=_versions(),
+        )
+
+    def _master_dtype(self) -> str:
+        return str(self.optimizer.owned[0].master.dtype).removeprefix("torch.")
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("megatron_ext", "torch", "deepspeed")}}
