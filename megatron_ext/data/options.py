@@ -66,8 +66,9 @@ class DataOptions:
     """Share of documents of each training source held out for validation, chosen by document hash."""
 
     def __post_init__(self) -> None:
-        replayed = self.replay.sources if self.replay else []
-        held_out = self.sources if self.validation_fraction else []
+        names = {source.name for source in self.sources}
+        replayed_too = [source.name for source in self.replay.sources if source.name in names] if self.replay else []
+        held_out = [source.name for source in self.validation if source.name in names] if self.validation_fraction else []
         require(
             (bool(self.sources), "sources", self.sources, "at least one source"),
             (self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2 tokens: one to read and one to predict"),
@@ -78,12 +79,19 @@ class DataOptions:
                 f"at least sequence_length ({self.sequence_length}), or the longest piece of a document fits no step",
             ),
             (0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "at least 0 and less than 1"),
-            _distinct("sources", [*self.sources, *replayed]),
-            _distinct("validation", [*self.validation, *held_out]),
+            _distinct("sources", self.sources),
+            (not replayed_too, "replay.sources", replayed_too, "names that differ from those of sources"),
+            _distinct("validation", self.validation),
+            (
+                not held_out,
+                "validation",
+                held_out,
+                "names that differ from those of sources while validation_fraction is set",
+            ),
         )
 
 
 def _distinct(key: str, sources: Iterable[SourceOptions]) -> tuple[bool, str, object, str]:
     """The rule that no two sources whose losses are reported side by side have one name."""
     repeated = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
-    return not repeated, key, repeated, "names that differ, also from those of replay.sources, and of held-out parts in validation"
+    return not repeated, key, repeated, "names that differ"

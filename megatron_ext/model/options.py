@@ -48,12 +48,17 @@ class ModelOptions:
         given = [(name, getattr(self, name)) for name in sizes if getattr(self, name) is not None]
         require(*((size >= 1, name, size, "at least 1") for name, size in given))
         kv_heads = self.num_kv_heads or self.num_heads
-        head_dim = self.head_dim or self.hidden_size // self.num_heads
-        whole = self.head_dim is not None or self.hidden_size % self.num_heads == 0
+        pairs = 2 * self.num_heads
+        even_split = self.head_dim is not None or self.hidden_size % pairs == 0
         require(
             (self.num_heads % kv_heads == 0, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})"),
-            (whole, "hidden_size", self.hidden_size, f"a multiple of num_heads ({self.num_heads}) while head_dim is null"),
-            (head_dim % 2 == 0, "head_dim", head_dim, "an even number, because rotary positions turn pairs"),
+            (
+                even_split,
+                "hidden_size",
+                self.hidden_size,
+                f"a multiple of 2 num_heads ({pairs}) while head_dim is null",
+            ),
+            (not (self.head_dim or 0) % 2, "head_dim", self.head_dim, "an even number: rotary positions turn pairs"),
             (self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0"),
             (self.norm_eps > 0, "norm_eps", self.norm_eps, "more than 0"),
             (self.init_std >= 0, "init_std", self.init_std, "at least 0"),

@@ -1,0 +1,163 @@
+"""Every rule of every room's options, as a user meets it: dotted path, value seen, what is accepted."""
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron_ext.config import RunConfig
+from megatron_ext.errors import ConfigError
+
+Load = Callable[..., RunConfig]
+
+REFUSED = [
+    # types
+    ("optimizer.lr=fast", "optimizer.lr: 'fast'; accepted: a number"),
+    ("optimizer.lr='3e-4'", "optimizer.lr: '3e-4'; accepted: a number"),
+    ("optimizer.lr=true", "optimizer.lr: true; accepted: a number"),
+    ("optimizer.lr=1e999", "optimizer.lr: '1e999'; accepted: a number"),
+    ("optimizer.betas=[0.9]", "optimizer.betas.1: not set; accepted: a value, because there is no default"),
+    ("optimizer.betas=0.9", "optimizer.betas: 0.9; accepted: a list"),
+    ("train.steps=1.5", "train.steps: 1.5; accepted: an integer"),
+    ("train.steps=true", "train.steps: true; accepted: an integer"),
+    ("model.qk_norm=yes", "model.qk_norm: 'yes'; accepted: true or false"),
+    ("model.qk_norm=1", "model.qk_norm: 1; accepted: true or false"),
+    ("run_dir=2024", "run_dir: 2024; accepted: text"),
+    ("optimizer=", "optimizer: null; accepted: a section of keys"),
+    ("data.sources={}", "data.sources: {}; accepted: a list"),
+    ("data.sources.0=prose", "data.sources.0: 'prose'; accepted: a section of keys"),
+    ("deepspeed=[]", "deepspeed: []; accepted: a section of keys"),
+    # the run
+    ("run_dir=''", "run_dir: ''; accepted: "),
+    ("seed=-1", "seed: -1; accepted: greater than or equal to 0"),
+    ("seed=1_000_000_000_000_000_000_000", "seed: 1000000000000000000000; accepted: less than"),
+    ("tokenizer=null", "tokenizer: null; accepted: a directory; null with model.init_from or model.vocab_size"),
+    # model
+    ("model.hidden_size=0", "model.hidden_size: 0; accepted: at least 1"),
+    ("model.vocab_size=0", "model.vocab_size: 0; accepted: at least 1"),
+    ("model.num_heads=0", "model.num_heads: 0; accepted: at least 1"),
+    ("model.num_kv_heads=3", "model.num_kv_heads: 3; accepted: a divisor of num_heads (4)"),
+    ("model.hidden_size=254", "model.hidden_size: 254; accepted: a multiple of 2 num_heads (8) while head_dim is null"),
+    ("model.hidden_size=252", "model.hidden_size: 252; accepted: a multiple of 2 num_heads (8) while head_dim is null"),
+    ("model.head_dim=33", "model.head_dim: 33; accepted: an even number: rotary positions turn pairs"),
+    ("model.rope_theta=0", "model.rope_theta: 0.0; accepted: more than 0"),
+    ("model.norm_eps=0", "model.norm_eps: 0.0; accepted: more than 0"),
+    ("model.init_std=-1", "model.init_std: -1.0; accepted: at least 0"),
+    ("model.max_position=127", "model.max_position: 127; accepted: at least data.sequence_length (128), or null"),
+    ("model.attention=spda", "model.attention: 'spda'; accepted: auto, dense, sdpa, varlen, flash_attn; nearest: sdpa"),
+    # data
+    ("data.sources=[]", "data.sources: []; accepted: at least one source"),
+    ("data.sources.0.name=''", "data.sources.0.name: ''; accepted: a word"),
+    ("data.sources.0.path=''", "data.sources.0.path: ''; accepted: path of a .bin/.idx pair without its ending"),
+    ("data.sources.0.weight=0", "data.sources.0.weight: 0.0; accepted: more than 0"),
+    ("data.sources.0.max_epochs=0", "data.sources.0.max_epochs: 0.0; accepted: more than 0, or null"),
+    ("data.sources=[{name: a, path: x}, {name: a, path: y}]", "data.sources: ['a']; accepted: names that differ"),
+    (
+        "data.replay={share: 0.1, sources: [{name: prose, path: x}]}",
+        "data.replay.sources: ['prose']; accepted: names that differ from those of sources",
+    ),
+    ("data.validation=[{name: v, path: x}, {name: v, path: y}]", "data.validation: ['v']; accepted: names that differ"),
+    ("data.sequence_length=1", "data.sequence_length: 1; accepted: at least 2 tokens"),
+    ("data.tokens_per_step=127", "data.tokens_per_step: 127; accepted: at least sequence_length (128)"),
+    ("data.validation_fraction=1", "data.validation_fraction: 1.0; accepted: at least 0 and less than 1"),
+    ("data.replay={share: 0, run: r}", "data.replay.share: 0.0; accepted: more than 0 and less than 1"),
+    ("data.replay={share: 1, run: r}", "data.replay.share: 1.0; accepted: more than 0 and less than 1"),
+    ("data.replay={share: 0.1}", "data.replay.run: null; accepted: exactly one of run and sources"),
+    ("data.replay={share: 0.1, run: r, sources: [{name: a, path: b}]}", "data.replay.run: 'r'; accepted: exactly one of run and sources"),
+    ("data.replay={run: r}", "data.replay.share: not set; accepted: a value, because there is no default"),
+    # planning
+    ("planning.policy=data-parallel", "planning.policy: 'data-parallel'; accepted: data_parallel; nearest: data_parallel"),
+    ("planning.tokens_per_pack=0", "planning.tokens_per_pack: 0; accepted: a number of tokens, at least 1, or null"),
+    ("planning.tokens_per_pack=127", "planning.tokens_per_pack: 127; accepted: at least data.sequence_length (128), or null"),
+    # optimizer and schedule
+    ("optimizer.lr=-1e-3", "optimizer.lr: -0.001; accepted: at least 0"),
+    ("optimizer.betas=[0.9, 1]", "optimizer.betas: (0.9, 1.0); accepted: two numbers, each at least 0 and less than 1"),
+    ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas: (-0.1, 0.9); accepted: two numbers, each at least 0 and less than 1"),
+    ("optimizer.eps=0", "optimizer.eps: 0.0; accepted: more than 0"),
+    ("optimizer.weight_decay=-1", "optimizer.weight_decay: -1.0; accepted: at least 0"),
+    ("optimizer.clip_norm=-1", "optimizer.clip_norm: -1.0; accepted: at least 0; 0 switches clipping off"),
+    ("schedule.kind=cosin", "schedule.kind: 'cosin'; accepted: cosine, wsd, constant; nearest: cosine"),
+    ("schedule.warmup_steps=-1", "schedule.warmup_steps: -1; accepted: at least 0"),
+    ("schedule.warmup_steps=101", "schedule.warmup_steps: 101; accepted: at most the 100 steps of the run"),
+    ("schedule={kind: wsd, decay_steps: 0}", "schedule.decay_steps: 0; accepted: at least 1, or null"),
+    ("schedule={kind: wsd, decay_steps: 101}", "schedule.decay_steps: 101; accepted: at most 100 steps less 0 of warm-up"),
+    (
+        "schedule={kind: wsd, decay_steps: 60, warmup_steps: 41}",
+        "schedule.decay_steps: 60; accepted: at most 100 steps less 41 of warm-up",
+    ),
+    ("schedule.decay_steps=10", "schedule.decay_steps: 10; accepted: null, because schedule cosine has no decay of its own length"),
+    ("schedule.decay_shape=square", "schedule.decay_shape: 'square'; accepted: linear, cosine, one_minus_sqrt"),
+    ("schedule.min_factor=1.1", "schedule.min_factor: 1.1; accepted: between 0 and 1"),
+    # train, evaluation, logging, checkpoint
+    ("train={}", "train.steps: null; accepted: a number of steps, or null with tokens set"),
+    ("train.tokens=5", "train.tokens: 5; accepted: null, because steps is set (100); exactly one of the two"),
+    ("train.steps=0", "train.steps: 0; accepted: at least 1"),
+    ("train={tokens: 0}", "train.tokens: 0; accepted: at least 1"),
+    ("train.dtype=bf16", "train.dtype: 'bf16'; accepted: auto, bfloat16, float32, float64"),
+    ("train.threads_per_rank=0", "train.threads_per_rank: 0; accepted: at least 1, or null"),
+    ("evaluation.every=0", "evaluation.every: 0; accepted: a number of steps, at least 1, or null"),
+    ("evaluation.tokens=0", "evaluation.tokens: 0; accepted: at least 1"),
+    ("logging.every=0", "logging.every: 0; accepted: a number of steps, at least 1"),
+    ("checkpoint.every=0", "checkpoint.every: 0; accepted: a number of steps, at least 1, or null"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last: 0; accepted: at least 1"),
+    ("checkpoint.resume=''", "checkpoint.resume: ''; accepted: auto, never or a checkpoint directory"),
+    ("checkpoint.max_shard_gib=0", "checkpoint.max_shard_gib: 0.0; accepted: GiB, more than 0"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED, ids=[override for override, _ in REFUSED])
+def test_refused_with_path_value_and_what_is_accepted(load: Load, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1, "one broken rule is one line"
+    assert lines[0].startswith(f"command line: {message}")
+
+
+ACCEPTED = [
+    "model.num_kv_heads=4",
+    "model={hidden_size: 100, num_heads: 3, num_kv_heads: 1, head_dim: 32}",
+    "model.max_position=128",
+    "data.tokens_per_step=128",
+    "data.sequence_length=2",
+    "data.validation_fraction=0.5",
+    "data.validation=[{name: prose, path: x}]",
+    "data.replay={share: 0.999, run: r}",
+    "data.replay={share: 0.1, sources: [{name: a, path: b}]}",
+    "planning.tokens_per_pack=128",
+    "optimizer={lr: 0, betas: [0, 0.999], clip_norm: 0}",
+    "schedule={kind: wsd, decay_steps: 60, warmup_steps: 40}",
+    "schedule={kind: constant, warmup_steps: 100}",
+    "schedule={min_factor: 0}",
+    "train={tokens: 1e6}",
+    "train.dtype=float64",
+    "checkpoint={every: 1, keep_last: 1, resume: some/step_00000001}",
+    "model={init_from: hf, attention: dense}",
+    "seed=9_223_372_036_854_775_807",
+]
+
+
+@pytest.mark.parametrize("override", ACCEPTED)
+def test_values_on_the_border_are_accepted(load: Load, override: str) -> None:
+    assert isinstance(load(override), RunConfig)
+
+
+def test_held_out_part_and_validation_corpus_need_two_names(load: Load) -> None:
+    overrides = ["data.validation=[{name: prose, path: x}]", "data.validation_fraction=0.1"]
+    with pytest.raises(ConfigError, match=r"data\.validation: \['prose'\]; accepted: names that differ from those of sources while"):
+        load(*overrides)
+    load(*overrides, "data.validation.0.name=other")
+
+
+def test_shape_keys_beside_init_from_are_named(load: Load) -> None:
+    with pytest.raises(ConfigError) as error:
+        load("model={init_from: hf, attention: sdpa, hidden_size: 256, qk_norm: false}")
+    because = "accepted: not set, because the shape comes from model.init_from"
+    assert str(error.value).splitlines() == [
+        f"command line: model.hidden_size: 256; {because}",
+        f"command line: model.qk_norm: false; {because}",
+    ]
+
+
+def test_vocabulary_may_come_from_the_checkpoint_or_from_its_size(load: Load) -> None:
+    assert load("tokenizer=null", "model.init_from=hf").tokenizer is None
+    assert load("tokenizer=null", "model.vocab_size=300").tokenizer is None
