@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,12 +23,12 @@ _FONT_SIZE = 11
 _LINE_HEIGHT = 14
 _CHARACTER_WIDTH = 6.2
 _MOST_CHARACTERS = 24
-_MOST_POINTS = 400
+_MOST_POINTS = 200
 
 
 @dataclass(frozen=True)
-class EndLabel:
-    """Text at the right of a curve, at the height of its last value."""
+class Label:
+    """Text at the right of a curve or of a level line, at the height of its (last) value."""
 
     value: float
     text: str
@@ -73,7 +74,7 @@ def write(axes: Axes, x: float, y: float, text: str, color: str, **placement: ob
     axes.text(x, y, text, color=color, fontsize=_FONT_SIZE, parse_math=False, **placement)
 
 
-def label_ends(axes: Axes, labels: Sequence[EndLabel]) -> None:
+def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
     """Write each label right of the axes at the height of its value, moved as little as needed to keep them apart.
 
     Makes room for the longest line of text, so call it when the limits of y are final.
@@ -84,12 +85,26 @@ def label_ends(axes: Axes, labels: Sequence[EndLabel]) -> None:
     texts = ["\n".join(_clipped(line) for line in label.text.split("\n")) for label in labels]
     longest = max(len(line) for text in texts for line in text.split("\n"))
     axes.figure.subplots_adjust(right=1 - (14 + _CHARACTER_WIDTH * longest) / axes.figure.bbox.width)
-    wanted = axes.transData.transform([(0, label.value) for label in labels])[:, 1]
-    placed = spread(wanted, np.array([_LINE_HEIGHT * (1 + label.text.count("\n")) for label in labels]))
-    heights = axes.transAxes.inverted().transform([(0, y) for y in placed])[:, 1]
+    heights = _heights(axes, labels)
     x = 1 + 8 / axes.bbox.width
     for label, text, height in zip(labels, texts, heights, strict=True):
         write(axes, x, height, text, label.color, transform=axes.transAxes, va="center", linespacing=1.15)
+
+
+def label_levels(axes: Axes, labels: Sequence[Label]) -> None:
+    """Write each label inside the axes at their right, above the height of its value, moved as little as needed to keep them apart."""
+    labels = sorted((label for label in labels if np.isfinite(label.value)), key=lambda label: label.value)
+    for label, height in zip(labels, _heights(axes, labels), strict=True):
+        write(axes, 0.995, height, label.text, label.color, transform=axes.transAxes, ha="right", va="bottom")
+
+
+def _heights(axes: Axes, labels: Sequence[Label]) -> np.ndarray:
+    """Where labels in order of their values go, as fractions of the height of the axes."""
+    if not labels:
+        return np.empty(0)
+    wanted = axes.transData.transform([(0, label.value) for label in labels])[:, 1]
+    placed = spread(wanted, np.array([_LINE_HEIGHT * (1 + label.text.count("\n")) for label in labels]))
+    return axes.transAxes.inverted().transform([(0, y) for y in placed])[:, 1]
 
 
 def _clipped(line: str) -> str:
@@ -143,7 +158,9 @@ def to_svg(figure: Figure, name: str, description: str, css_class: str = "") -> 
     ``name`` keeps ids apart where several share a page; ``description`` is what a screen reader says.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        # matplotlib's own font only measures the text, the reader's browser draws it and has more scripts
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL)

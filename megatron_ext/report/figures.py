@@ -9,10 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from megatron_ext.report import canvas, formats
-from megatron_ext.report.canvas import EndLabel, series_color, stand_in
-from megatron_ext.report.summary import Phase, SourceResult, evaluations, results, source_label, source_order
+from megatron_ext.report.canvas import Label, series_color, stand_in
+from megatron_ext.report.summary import Phase, SourceResult, evaluations, results, source_names, source_order
 
-_TOKENS = "training tokens, all phases"
 _NARROW = 380
 _WIDE = 1080
 
@@ -33,7 +32,9 @@ def forgetting_curve(phases: Sequence[Phase]) -> Figure | None:
     if not any(phase.run.evals for phase in phases):
         return None
     title = "Validation loss by source"
-    caption = "Nats per token. Dotted: unigram entropy, the loss of a model that knows only how frequent each token is."
+    caption = "Nats per token."
+    if any(phase.run.unigram_entropy for phase in phases):
+        caption += " Dotted: unigram entropy, the loss of a model that knows only how frequent each token is."
     if any(phase.is_control for phase in phases):
         caption += " Dashed: control run."
     drawings = []
@@ -45,16 +46,16 @@ def forgetting_curve(phases: Sequence[Phase]) -> Figure | None:
 
 
 def _draw_forgetting(axes: Axes, phases: Sequence[Phase]) -> None:
-    colors = _colors(phases)
-    labels: dict[tuple[str, str, str], EndLabel] = {}
+    colors, names = _colors(phases), source_names(phases)
+    labels: dict[tuple[str, str, str], Label] = {}
     for phase in phases:
         for (source, split), curve in evaluations(phase.run).items():
             tokens, losses = [phase.offset + record.tokens for record in curve], [record.loss for record in curve]
             marker = "o" if len(curve) < 40 else None
             axes.plot(tokens, losses, color=colors[source], linewidth=2, marker=marker, markersize=4, dashes=_dashes(phase), clip_on=False)
             control = phase.label if phase.is_control else ""
-            text = f"{source_label(source, split)} {losses[-1]:.2f}" + (f"\n{control}" if control else "")
-            labels[source, split, control] = EndLabel(losses[-1], text, colors[source])
+            text = f"{names[source, split]} {losses[-1]:.2f}" + (f"\n{control}" if control else "")
+            labels[source, split, control] = Label(losses[-1], text, colors[source])
     _finish_token_axis(axes, phases)
     _draw_entropies(axes, phases, {source for source, _, _ in labels})
     canvas.label_ends(axes, list(labels.values()))
@@ -67,8 +68,7 @@ def _draw_entropies(axes: Axes, phases: Sequence[Phase], sources: set[str]) -> N
     axes.set_ylim(top=top)
     for source, value in entropies.items():
         axes.axhline(value, color=colors[source], linewidth=1.5, linestyle=":")
-        placement = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-        canvas.write(axes, 0.995, value, f"{source} unigram {value:.2f}", colors[source], **placement)
+    canvas.label_levels(axes, [Label(value, f"{source} unigram {value:.2f}", colors[source]) for source, value in entropies.items()])
 
 
 def forgetting_in_percent(phases: Sequence[Phase]) -> Figure | None:
@@ -83,7 +83,7 @@ def forgetting_in_percent(phases: Sequence[Phase]) -> Figure | None:
         changes = np.array([100 * (record.loss / curve[0].loss - 1) for record in curve])
         color = _colors(phases)[row.source]
         axes.plot([record.tokens for record in curve], changes, color=color, linewidth=2, dashes=_dashes(row.phase))
-        labels.append(EndLabel(changes[-1], _change_label(row), color))
+        labels.append(Label(changes[-1], _change_label(row), color))
     axes.axhline(0, color=stand_in("muted"), linewidth=1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %" if value else "0"))
     canvas.token_axis(axes, 0, max(row.phase.run.tokens for row in rows), "training tokens of the phase")
@@ -116,7 +116,7 @@ def training_loss(phases: Sequence[Phase]) -> Figure | None:
     for source, tokens, losses, smoothed in curves:
         axes.plot(*canvas.thin(tokens, losses), color=colors[source], linewidth=0.8, alpha=0.35)
         axes.plot(*canvas.thin(tokens, smoothed), color=colors[source], linewidth=2, marker="o" if len(tokens) == 1 else None)
-        labels[source] = EndLabel(smoothed[-1], f"{source} {smoothed[-1]:.2f}", colors[source])
+        labels[source] = Label(smoothed[-1], f"{source} {smoothed[-1]:.2f}", colors[source])
     _finish_token_axis(axes, phases)
     canvas.label_ends(axes, list(labels.values()))
     title, caption = "Training loss by source", "Nats per token. Faint: each step. Strong: moving average."
@@ -152,7 +152,7 @@ def pack_fill(phases: Sequence[Phase]) -> Figure | None:
 def _curve_of_steps(
     phases: Sequence[Phase], column: str, title: str, caption: str, ticks: Callable[[float, int], str] | PercentFormatter
 ) -> Figure | None:
-    """One value of each step from zero up, or None where no step has it."""
+    """One value of each step from zero up, or None where no step has it; a long noisy curve gets a moving average."""
     if not _has(phases, column):
         return None
     figure, (axes,) = canvas.new_figure(_HALF, 220)
@@ -177,7 +177,7 @@ def gradient_norm(phases: Sequence[Phase]) -> Figure | None:
     axes.plot(skipped, [0.03] * len(skipped), linestyle="none", marker="^", markersize=7, color=series_color(1), **at_bottom)
     _finish_token_axis(axes, phases)
     title, caption = "Gradient norm", "Global norm before clipping, logarithmic. "
-    caption += f"Triangles: {len(skipped)} skipped steps." if skipped else "No step was skipped."
+    caption += f"Triangles: skipped steps ({len(skipped)})." if skipped else "No step was skipped."
     return Figure(title, caption, canvas.to_svg(figure, "grad-norm", f"{title}. {caption}"))
 
 
@@ -234,8 +234,10 @@ def _has(phases: Sequence[Phase], column: str) -> bool:
 
 def _plot_column(axes: Axes, phases: Sequence[Phase], column: str) -> None:
     for phase in _chain(phases):
-        x, y = canvas.thin(phase.offset + phase.run.column("tokens"), phase.run.column(column))
-        axes.plot(x, y, color=series_color(0), linewidth=1.5, marker="o" if len(x) == 1 else None)
+        tokens, values = phase.offset + phase.run.column("tokens"), phase.run.column(column)
+        smoothed = values if column == "lr" else canvas.smooth(values, np.ones(len(values)))
+        axes.plot(*canvas.thin(tokens, values), color=series_color(0), linewidth=0.8, alpha=0.4)
+        axes.plot(*canvas.thin(tokens, smoothed), color=series_color(0), linewidth=1.5, marker="o" if len(tokens) == 1 else None)
 
 
 def _skipped_positions(phase: Phase) -> list[float]:
@@ -247,7 +249,7 @@ def _skipped_positions(phase: Phase) -> list[float]:
 def _finish_token_axis(axes: Axes, phases: Sequence[Phase]) -> None:
     """Total tokens on x, a line where one phase ends and the next begins, and the phases' names."""
     chain = _chain(phases)
-    canvas.token_axis(axes, 0, max(phase.end for phase in phases), _TOKENS)
+    canvas.token_axis(axes, 0, max(phase.end for phase in phases), "training tokens, all phases" if len(chain) > 1 else "training tokens")
     for phase in chain if len(chain) > 1 else []:
         middle = (phase.offset + phase.end) / 2
         canvas.write(axes, middle, 1.02, phase.label, stand_in("muted"), transform=axes.get_xaxis_transform(), ha="center", va="bottom")

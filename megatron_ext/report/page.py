@@ -75,7 +75,7 @@ def _tiles(phases: Sequence[Phase]) -> Html:
         "Optimizer steps": f"{sum(len(run.train) for run in chain):,}",
         "Time": formats.duration(sum(run.seconds for run in chain)),
         "Tokens per second": formats.count(_median(chain, "tokens_per_second")),
-        "Model TFLOP/s": formats.number(_median(chain, "tflops")),
+        "Model TFLOP/s": formats.count(_median(chain, "tflops")),
         "Memory per rank": formats.number(_largest(chain, "memory_gib")) + " GiB",
     }
     tiles = [element("div", element("dt", name), element("dd", value)) for name, value in facts.items() if not value.startswith("n/a")]

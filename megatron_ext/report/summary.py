@@ -35,6 +35,8 @@ class SourceResult:
     phase: Phase
     source: str
     split: str
+    name: str
+    """The source, with its split where it was evaluated on several."""
     first_loss: float | None
     last_loss: float | None
     change: float | None
@@ -46,16 +48,6 @@ class SourceResult:
     """How often the phase has read the source."""
     is_earlier: bool
     """An earlier phase trained on this source, so that a higher loss is forgetting."""
-
-    @property
-    def name(self) -> str:
-        """The source, with its split unless that is the usual one."""
-        return source_label(self.source, self.split)
-
-
-def source_label(source: str, split: str) -> str:
-    """How a source is called in figures and tables."""
-    return source if split == "validation" else f"{source} ({split})"
 
 
 def arrange(runs: Sequence[Run], compare: Mapping[str, Run] | None = None) -> list[Phase]:
@@ -80,6 +72,13 @@ def source_order(phases: Sequence[Phase]) -> list[str]:
     return list(dict.fromkeys(source for phase in phases for source in phase.run.sources))
 
 
+def source_names(phases: Sequence[Phase]) -> dict[tuple[str, str], str]:
+    """What figures and tables call each evaluated (source, split): the source alone unless it was evaluated on several splits."""
+    keys = dict.fromkeys((record.source, record.split) for phase in phases for record in phase.run.evals)
+    evaluated = [source for source, _ in keys]
+    return {(source, split): source if evaluated.count(source) == 1 else f"{source} ({split})" for source, split in keys}
+
+
 def evaluations(run: Run) -> dict[tuple[str, str], list[EvalRecord]]:
     """The evaluations of each (source, split) in the order of steps."""
     curves: dict[tuple[str, str], list[EvalRecord]] = {}
@@ -91,14 +90,15 @@ def evaluations(run: Run) -> dict[tuple[str, str], list[EvalRecord]]:
 def results(phases: Sequence[Phase]) -> list[SourceResult]:
     """The final table: a row for each phase and each source that it trained or evaluated on."""
     rows: list[SourceResult] = []
+    names = source_names(phases)
     for phase in phases:
         earlier = {source for before in _phases_before(phase, phases) for source, n in before.run.tokens_by_source.items() if n}
         curves = evaluations(phase.run)
         evaluated = {source for source, _ in curves}
-        unevaluated = [(source, "validation") for source in phase.run.sources if source not in evaluated]
+        unevaluated = [(source, "") for source in phase.run.sources if source not in evaluated]
         for source, split in [*curves, *unevaluated]:
             losses = [record.loss for record in curves.get((source, split), [])]
-            rows.append(_result(phase, source, split, losses, source in earlier))
+            rows.append(_result(phase, source, split, names.get((source, split), source), losses, source in earlier))
     return rows
 
 
@@ -108,12 +108,13 @@ def _phases_before(phase: Phase, phases: Sequence[Phase]) -> list[Phase]:
     return chain[:-1] if phase.is_control else chain[: chain.index(phase)]
 
 
-def _result(phase: Phase, source: str, split: str, losses: list[float], is_earlier: bool) -> SourceResult:
+def _result(phase: Phase, source: str, split: str, name: str, losses: list[float], is_earlier: bool) -> SourceResult:
     changed = len(losses) > 1 and losses[0] > 0
     return SourceResult(
         phase=phase,
         source=source,
         split=split,
+        name=name,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         change=100 * (losses[-1] / losses[0] - 1) if changed else None,

@@ -24,12 +24,12 @@ def test_thin_keeps_ends_and_spikes_of_a_long_run() -> None:
     y = np.random.default_rng(0).normal(size=100_000)
     y[54_321], y[7] = 1e6, np.nan
     kept_x, kept_y = canvas.thin(x, y)
-    assert len(kept_x) < 1000
+    assert len(kept_x) < 500
     assert (kept_x[0], kept_x[-1]) == (0, 99_999)
     assert kept_y[kept_x == 54_321] == 1e6
     assert kept_y[kept_x == 0] == y[0]
-    short = canvas.thin(x[:500], y[:500])
-    np.testing.assert_array_equal(short[1], y[:500])
+    short = canvas.thin(x[:300], y[:300])
+    np.testing.assert_array_equal(short[1], y[:300])
 
 
 def test_smooth_is_the_weighted_mean_of_the_past() -> None:

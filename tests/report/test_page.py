@@ -170,7 +170,7 @@ def test_skipped_steps_are_marked_and_counted(tmp_path: Path) -> None:
     skip = {"kind": "event", "event": "skip", "step": 2}
     marked = _one_run(tmp_path / "a", train(1), train(2, grad_norm=float("inf")), train(3), skip)
     plain = _one_run(tmp_path / "b", train(1), train(2), train(3))
-    assert "Triangles: 1 skipped steps." in marked.text
+    assert "Triangles: skipped steps (1)." in marked.text
     assert "No step was skipped." in plain.text
 
 
@@ -189,7 +189,7 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     assert "script" not in page.tags
     assert "<script" not in text
     assert page.text.count("<script>alert(1)</script>") > 10
-    assert page.tables[0][1][:2] == [f"{evil} 1", evil]
+    assert page.tables[0][1][:2] == [f"{evil} 1", f"{evil} (validation)"]
     assert any(text.startswith("<script>alert(1") and text.endswith("8.00") for text in page.svg_texts)
 
 
@@ -211,3 +211,10 @@ def test_no_run_and_no_directory_leave_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one run"):
         write_report([], tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_in_any_script_reach_the_figures(tmp_path: Path) -> None:
+    name = "\u65e5\u672c\u8a9e"
+    page = _one_run(tmp_path, evaluation(0, name, 9.0), train(1), evaluation(1, name, 8.0))
+    assert page.svg_texts.count(f"{name} 8.00") == 2

@@ -93,8 +93,8 @@ def test_headline_without_two_evaluations(tmp_path: Path, records: list[dict[str
 def test_one_evaluation_is_no_change_and_splits_are_kept_apart(tmp_path: Path) -> None:
     records = [evaluation(0, "prose", 9.0), evaluation(0, "prose", 8.5, split="train"), train(1)]
     rows = _by_key(results(arrange([read_run(write_run(tmp_path / "run", [start(), *records]))])))
-    assert set(rows) == {("pretrain", "prose"), ("pretrain", "prose (train)")}
-    assert rows["pretrain", "prose"].change is None
+    assert set(rows) == {("pretrain", "prose (validation)"), ("pretrain", "prose (train)")}
+    assert rows["pretrain", "prose (validation)"].change is None
     assert rows["pretrain", "prose (train)"].first_loss == 8.5
 
 
@@ -108,3 +108,9 @@ def test_a_source_that_an_earlier_phase_named_but_never_read_is_not_forgotten(tm
     after = write_run(tmp_path / "b", [start("continual"), *_both(0, 4.0, 5.0), train(1), *_both(1, 4.1, 3.0)])
     rows = _by_key(results(arrange([read_run(unread), read_run(after)])))
     assert [rows["continual", source].is_earlier for source in ("prose", "code")] == [True, False]
+
+
+def test_a_split_is_named_only_where_there_are_several(tmp_path: Path) -> None:
+    records = [evaluation(0, "prose", 9.0, split="held_out"), evaluation(0, "code", 9.0, split="held_out"), evaluation(0, "code", 9.0)]
+    rows = results(arrange([read_run(write_run(tmp_path / "run", [start(), *records]))]))
+    assert [row.name for row in rows] == ["prose", "code (held_out)", "code (validation)"]
