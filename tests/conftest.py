@@ -1,0 +1,22 @@
+"""Fixtures that all rooms share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.distributed import RankPools
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Iterator[RankPools]:
+    """``run_ranks(size, function, *arguments)``: results of ``function(world, *arguments)`` on real gloo ranks, by rank."""
+    pools = RankPools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests share few cores with their ranks; more threads only wait for each other."""
+    torch.set_num_threads(1)
