@@ -1,0 +1,170 @@
+"""Text to token ids and back, with any tokenizer folder that ``transformers`` loads."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+
+from megatron_ext.atomic_io import atomic_open
+from megatron_ext.errors import DataError
+
+LARGEST_UINT16_VOCABULARY = 65499  # Megatron's rule for the dtype of a .bin
+_ASCII_NEXT = r"(?![^\x00-\x7F])"
+_SPACE = " \u2581"
+WORD_PATTERN = (
+    rf"\n+|[{_SPACE}]*(?:[A-Za-z]++{_ASCII_NEXT}|[\x00-\x09\x0B-\x1F!-@\[-`{{-\x7F]++{_ASCII_NEXT}|[^{_SPACE}\n]+)|[{_SPACE}]+"
+)
+"""Cuts a text before spaces, around newlines, and between ASCII letters and other ASCII characters.
+
+No token of a tokenizer that ``tokenizer_training`` makes reaches over such a cut: sentencepiece has spaces only at the beginning of a token
+and never mixes scripts in one, and sees no newline in training.
+"""
+
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
+
+
+class Tokenizer:
+    """Token ids of plain text, without special tokens added.
+
+    Equal to ``AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)``, and faster where a text falls into independent
+    words (see ``WORD_PATTERN``): a word that was seen before is looked up. Can be pickled to another process.
+
+    Args:
+        definition: contents of a ``tokenizer.json``.
+        eod_id: token that ends a document.
+        name: what to call the tokenizer in messages.
+    """
+
+    def __init__(self, definition: str, eod_id: int, name: str, split_special_tokens: bool = False) -> None:
+        self.name, self.eod_id = name, eod_id
+        self._definition, self._split_special_tokens = definition, split_special_tokens
+        self._backend = Backend.from_str(definition)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = split_special_tokens
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = token_dtype(self.vocab_size)
+        self._words = WordCache(self._backend, self.dtype) if split_special_tokens and _splits_into_words(definition) else None
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Any, ...]]:
+        return Tokenizer, (self._definition, self.eod_id, self.name, self._split_special_tokens)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of ``text``, ``self.dtype`` [tokens]."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, ``self.dtype`` [tokens]."""
+        if self._words is not None:
+            return [self._words.encode(text) for text in texts]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=skip_special_tokens)
+
+
+class WordCache:
+    """Ids of words that were seen before, for a tokenizer whose tokens never reach over a word's end.
+
+    Args:
+        backend: tokenizer to ask for a new word.
+        dtype: of the ids.
+        max_words: words to remember; text of any size needs no more memory than that.
+        max_length: characters of the longest word to remember.
+    """
+
+    def __init__(self, backend: Backend, dtype: np.dtype, max_words: int = 1 << 18, max_length: int = 64) -> None:
+        self._backend, self._dtype = backend, dtype
+        self._max_words, self._max_length = max_words, max_length
+        self._ids: dict[str, bytes] = {}
+        self._find_words = re.compile(WORD_PATTERN).findall
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of ``text``, [tokens]."""
+        words = self._find_words(text)
+        unknown = set(words).difference(self._ids)
+        if unknown:
+            self._add(list(unknown))
+        ids = np.frombuffer(b"".join([self._ids[word] for word in words]), dtype=self._dtype)
+        if unknown:
+            self._forget(unknown)
+        return ids
+
+    def _add(self, words: list[str]) -> None:
+        encodings = self._backend.encode_batch_fast(words, add_special_tokens=False)
+        self._ids.update((word, np.array(found.ids, dtype=self._dtype).tobytes()) for word, found in zip(words, encodings, strict=True))
+
+    def _forget(self, new: set[str]) -> None:
+        """Keep the cache small: long words hardly ever come again, and a full cache starts anew."""
+        for word in new:
+            if len(word) > self._max_length:
+                del self._ids[word]
+        if len(self._ids) > self._max_words:
+            self._ids.clear()
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Load any tokenizer folder that ``transformers.AutoTokenizer`` loads and that has a Rust backend. No network, no remote code.
+
+    Raises:
+        DataError: the folder holds no usable tokenizer, or the tokenizer has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer  # a second of imports that processes which are handed a Tokenizer do not need
+
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in FILES):
+        raise DataError(f"{folder}: not a tokenizer folder, expected one with {', '.join(FILES[:2])} or tokenizer.model")
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: transformers cannot load this tokenizer: {error}") from error
+    if not loaded.is_fast:
+        raise DataError(f"{folder}: {type(loaded).__name__} has no tokenizer.json backend, expected a fast tokenizer")
+    if loaded.eos_token_id is None:
+        raise DataError(f"{folder}: the tokenizer has no eos_token, which is needed to end documents")
+    return Tokenizer(loaded.backend_tokenizer.to_str(), loaded.eos_token_id, str(folder), loaded.split_special_tokens)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Type of the ids of a vocabulary in a .bin: uint16 where Megatron takes it, else int32."""
+    return np.dtype(np.uint16 if vocab_size <= LARGEST_UINT16_VOCABULARY else np.int32)
+
+
+def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
+    """Copy a tokenizer's files from one existing folder to another, each atomically.
+
+    Raises:
+        DataError: there is none in ``source``.
+    """
+    names = [name for name in FILES if (Path(source) / name).is_file()]
+    if not names:
+        raise DataError(f"{source}: no tokenizer files, expected for example {', '.join(FILES[:2])}")
+    for name in names:
+        with open(Path(source) / name, "rb") as original, atomic_open(Path(target) / name, "wb") as copy:
+            shutil.copyfileobj(original, copy)
+
+
+def _splits_into_words(definition: str) -> bool:
+    """Whether the text is cut by ``WORD_PATTERN`` and by nothing else."""
+    parts = json.loads(definition)
+    return parts["pre_tokenizer"] == word_splitter() and parts["normalizer"] == space_marker()
+
+
+def word_splitter() -> dict[str, Any]:
+    """The pre-tokenizer of a ``tokenizer.json`` that cuts by ``WORD_PATTERN``."""
+    return {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False}
+
+
+def space_marker() -> dict[str, Any]:
+    """The normalizer of a ``tokenizer.json`` that writes a space as sentencepiece does."""
+    return {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
