@@ -19,8 +19,8 @@ from megatron_ext.errors import DataError
 class IndexedDatasetWriter:
     """Stream documents into ``PREFIX.bin`` and ``PREFIX.idx``.
 
-    Both files grow beside their final place with ``.partial`` at the end of their names, and are renamed when the ``with`` block ends without
-    an error, the .idx last. A process that was killed leaves only partial files, which the next writer overwrites. Memory does not grow
+    Both files grow beside their final place, named ``*.partial``, and are renamed when the ``with`` block ends without an
+    error, the .idx last. A process that was killed leaves only partial files, which the next writer overwrites. Memory does not grow
     with the number of documents.
 
     Args:
