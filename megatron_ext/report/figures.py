@@ -119,7 +119,7 @@ def training_loss(phases: Sequence[Phase]) -> Figure | None:
         labels[source] = Label(smoothed[-1], f"{source} {smoothed[-1]:.2f}", colors[source])
     _finish_token_axis(axes, phases)
     canvas.label_ends(axes, list(labels.values()))
-    title, caption = "Training loss by source", "Nats per token. Faint: each step. Strong: moving average."
+    title, caption = "Training loss by source", "Nats per token, on the documents of each step."
     return Figure(title, caption, canvas.to_svg(figure, "training-loss", f"{title}. {caption}"))
 
 

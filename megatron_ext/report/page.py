@@ -47,6 +47,7 @@ def render(phases: Sequence[Phase]) -> str:
         element("h2", "Each phase and source"),
         _results_table(phases),
         element("h2", "How training went"),
+        element("p", "Where a curve is drawn twice: faint is each step, strong a moving average.", class_="muted"),
         element("div", *(_figure(figure) for figure in all_figures(phases)), class_="grid"),
         element("h2", "What ran"),
         _phases_table(phases),
