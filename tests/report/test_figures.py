@@ -58,6 +58,10 @@ def test_the_unigram_entropy_is_a_level_between_its_neighbouring_losses(phases: 
 def test_forgetting_in_percent_is_relative_to_the_start_of_the_phase(phases: list[Phase]) -> None:
     figure = figures.forgetting_in_percent(phases)
     assert {"prose +25.0 %", "prose +50.0 %"} <= set(_texts(figure.svg))
+    second, control = _paths(figure.svg, "var(--series-0); stroke-width: 2")
+    zero = next(path for path in _paths(figure.svg, "stroke: var(--muted); stroke-linecap") if len(path) == 2)
+    assert second[0, 1] == control[0, 1] == pytest.approx(zero[0, 1], abs=0.01)
+    assert (zero[0, 1] - control[1, 1]) / (zero[0, 1] - second[1, 1]) == pytest.approx(50 / 25, rel=1e-3)
     assert figures.forgetting_in_percent(phases[:1]) is None
 
 
