@@ -27,6 +27,8 @@ def begin(root: Path, step: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".step_*"):
         shutil.rmtree(leftover)
+    for leftover in root.glob(f".{LATEST}.*.tmp"):
+        leftover.unlink()
     beside = root / f".{step_directory(root, step).name}.tmp"
     (beside / "optimizer").mkdir(parents=True)
     return beside
@@ -37,10 +39,11 @@ def publish(root: Path, beside: Path, step: int) -> Path:
     final = step_directory(root, step)
     for directory in (beside / "optimizer", beside):
         fsync_directory(directory)
-    if final.exists():
-        _remove(final)
+    replaced = _set_aside(final) if final.exists() else None
     os.rename(beside, final)
     fsync_directory(root)
+    if replaced:
+        shutil.rmtree(replaced)
     with atomic_open(root / LATEST) as file:
         file.write(final.name + "\n")
     return final
@@ -50,11 +53,15 @@ def latest(root: Path) -> Path | None:
     """The checkpoint that ``latest`` names; None if nothing was ever saved.
 
     Raises:
-        CheckpointError: ``latest`` is unreadable, or checkpoints exist without it.
+        CheckpointError: ``latest`` is unreadable, or several checkpoints exist without it.
     """
     pointer = root / LATEST
     if not pointer.exists():
-        return None
+        saved = saved_steps(root)
+        if len(saved) > 1:
+            raise CheckpointError(f"{pointer} is missing, but {root} has {len(saved)} checkpoints")
+        # A first save that was killed between the rename and the pointer is whole.
+        return saved[0] if saved else None
     name = pointer.read_text("utf-8", errors="replace").strip()
     if not _STEP.fullmatch(name):
         raise CheckpointError(f"{pointer} says {name[:80]!r}; accepted: the name of a checkpoint such as step_00000100")
@@ -62,17 +69,19 @@ def latest(root: Path) -> Path | None:
 
 
 def keep_newest(root: Path, count: int) -> None:
-    """Remove all but the ``count`` newest checkpoints; the one that ``latest`` names always stays."""
+    """Remove all but the ``count`` newest checkpoints up to the one that ``latest`` names.
+
+    Later ones are of an attempt that was given up by resuming from an older checkpoint; the run replaces them as it gets there.
+    """
     current = latest(root)
-    for path in saved_steps(root)[: -max(1, count)]:
-        if path != current:
-            _remove(path)
+    for path in [path for path in saved_steps(root) if current is None or path <= current][: -max(1, count)]:
+        shutil.rmtree(_set_aside(path))
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint so that, if interrupted, no half of it keeps its name."""
+def _set_aside(path: Path) -> Path:
+    """Take its name from a checkpoint that goes away, so that an interrupted deletion leaves nothing that looks whole."""
     doomed = path.with_name(f".{path.name}.removed")
     if doomed.exists():
         shutil.rmtree(doomed)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    return doomed

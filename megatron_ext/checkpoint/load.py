@@ -19,13 +19,16 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
         resume: ``auto`` (the latest in ``root``, or None if there is none), ``never``, or a checkpoint directory.
 
     Raises:
-        CheckpointError: the directory does not exist.
+        CheckpointError: the directory does not exist, or ``latest`` does not say which it is; names the next older whole checkpoint.
     """
     if resume == "never":
         return None
-    path = latest(root) if resume == "auto" else Path(resume)
+    try:
+        path = latest(root) if resume == "auto" else Path(resume)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_offer(saved_steps(root))}") from error
     if path is not None and not path.is_dir():
-        raise CheckpointError(f"{path} is missing" + _offer(path))
+        raise CheckpointError(f"{path} is missing{_offer(_older(path))}")
     return path
 
 
@@ -45,22 +48,26 @@ def verify(directory: Path, world: World) -> dict[str, Any]:
         problems = damaged_files(directory, state["files"], sorted(state["files"])[world.rank :: world.size])
     problems = list(dict.fromkeys(message for messages in world.gather(problems) for message in messages))
     if problems:
-        offer = world.on_main(_offer(directory) if world.is_main else None)
+        offer = world.on_main(_offer(_older(directory)) if world.is_main else None)
         raise CheckpointError("; ".join(problems) + offer)
     return state
 
 
-def _offer(damaged: Path) -> str:
-    """A sentence that names the next older whole checkpoint, or says that there is none."""
-    for path in reversed(saved_steps(damaged.parent)):
-        if path.name < damaged.name:
-            try:
-                state = read_state(path)
-            except CheckpointError:
-                continue
-            if not damaged_files(path, state["files"], state["files"]):
-                return f". The next older whole checkpoint is {path}: resume from it with checkpoint.resume={path}"
-    return f". There is no older whole checkpoint in {damaged.parent}"
+def _older(damaged: Path) -> list[Path]:
+    """Checkpoints beside ``damaged`` that were saved before it."""
+    return [path for path in saved_steps(damaged.parent) if path.name < damaged.name]
+
+
+def _offer(candidates: list[Path]) -> str:
+    """A sentence that names the newest whole checkpoint among ``candidates`` (oldest first), or says that there is none."""
+    for path in reversed(candidates):
+        try:
+            state = read_state(path)
+        except CheckpointError:
+            continue
+        if not damaged_files(path, state["files"], state["files"]):
+            return f". The next older whole checkpoint is {path}: resume from it with checkpoint.resume={path}"
+    return ". There is no older whole checkpoint"
 
 
 def load_optimizer(directory: Path, optimizer: ShardedOptimizer) -> None:

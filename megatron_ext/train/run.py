@@ -9,6 +9,7 @@ from megatron_ext.config import RunConfig, dump_config, summary
 from megatron_ext.parallel.world import join_world, launched_ranks
 from megatron_ext.train.build import prepare
 from megatron_ext.train.sources import CONFIG_FILE
+from megatron_ext.train.stopping import forget_request
 from megatron_ext.train.trainer import Trainer
 
 
@@ -25,10 +26,10 @@ def pretrain(config: RunConfig) -> None:
         run_dir = Path(config.run_dir)
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
+            forget_request(run_dir)
         world.barrier()
         trainer = Trainer(setup, world)
         if world.is_main:
-            trainer.stop.clear()
             with atomic_open(run_dir / CONFIG_FILE) as file:
                 file.write(dump_config(config))
         trainer.train()

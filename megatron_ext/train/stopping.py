@@ -30,9 +30,10 @@ class StopRequest:
             return f"the file {self._file}"
         return self._signal
 
-    def clear(self) -> None:
-        """Remove the file, so that the run can be started again."""
-        self._file.unlink(missing_ok=True)
+
+def forget_request(run_dir: Path) -> None:
+    """Remove the file that stopped the run last time, before any rank looks for it."""
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 
 def request_stop(run_dir: Path) -> Path:
