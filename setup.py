@@ -27,7 +27,6 @@ setup(
         "tokenizers>=0.22,<1",
         "sentencepiece>=0.2,<0.3",
         "numpy>=1.26,<3",
-        "numba>=0.61,<1",
         "pyarrow>=17",
         "pydantic>=2.9,<3",
         "pyyaml>=6,<7",
@@ -36,6 +35,7 @@ setup(
         "tensorboard>=2.17,<3",
         "zstandard>=0.22,<1",
         "matplotlib>=3.9,<4",
+        "packaging>=23",
         "setuptools",
     ],
     extras_require={

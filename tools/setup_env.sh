@@ -40,4 +40,4 @@ fi
 echo "megatron_ext: installing${extras:+ with extras $extras}"
 pip install --quiet -e ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"
-echo "environment: $venv ($("$venv/bin/python" -c 'import torch, deepspeed; print("torch", torch.__version__, "deepspeed", deepspeed.__version__)' 2>/dev/null))"
+echo "environment: $venv ($("$venv/bin/python" -c 'from importlib.metadata import version as v; print("torch", v("torch") + ", deepspeed", v("deepspeed"))'))"
