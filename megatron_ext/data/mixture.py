@@ -27,8 +27,9 @@ class Cursor:
 class Mixture:
     """Documents of several corpora by share of tokens.
 
-    The next piece comes from the source that is furthest behind its share, so shares hold at every point of the run to within one piece,
-    and the order depends on nothing but the seed: not on ranks, restarts or the size of a step.
+    Of the sources that are not ahead of their share, the next piece comes from the one that its piece brings to it soonest (Bennett and
+    Zhang 1996, "WF2Q: Worst-case Fair Weighted Fair Queueing"). So the tokens of every source are its share at every point of the run to
+    within one piece, and the order depends on nothing but the seed: not on ranks, restarts or the size of a step.
 
     Args:
         corpora: the sources.
@@ -57,7 +58,12 @@ class Mixture:
             start = 0
 
     def _next_source(self) -> int:
-        return min(range(len(self.cursors)), key=lambda i: (self.cursors[i].tokens / self.shares[i], i))
+        total = sum(cursor.tokens for cursor in self.cursors)
+        starts = [cursor.tokens / share for cursor, share in zip(self.cursors, self.shares, strict=True)]
+        ends = [start + len(piece) / share for start, piece, share in zip(starts, self._ahead, self.shares, strict=True)]
+        # Rounding could put every source ahead by an ulp; the one that is least ahead is always due.
+        now = max(total, min(starts))
+        return min((i for i, start in enumerate(starts) if start <= now), key=lambda i: (ends[i], i))
 
     def take(self, most_tokens: int) -> list[Piece]:
         """The pieces of the next step: in order, until the next one would exceed ``most_tokens``."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from megatron_ext.data.corpus import Corpus, Piece, cut
 from megatron_ext.data.options import DataOptions
+from megatron_ext.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -60,4 +61,6 @@ def _choose(corpus: Corpus, split: str, sequence_length: int, most_tokens: int) 
             if room > 0 and piece.loss_tokens > 0:
                 pieces.append(piece)
                 room -= len(piece)
+    if not pieces:
+        raise DataError(f"{corpus.path}.bin has no document of at least two tokens for validation (source {corpus.name!r})")
     return ValidationSet(corpus, split, pieces)
