@@ -14,6 +14,6 @@ class PackContext:
     max_seqlen: int
     """Tokens of the longest document, or more."""
     cos: Tensor
-    """Rotary cosines [T, head_dim / 2]."""
+    """Cosines of ``rope_tables`` [T, head_dim]."""
     sin: Tensor
-    """Rotary sines [T, head_dim / 2]."""
+    """Signed sines of ``rope_tables`` [T, head_dim]."""

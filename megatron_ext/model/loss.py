@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_PER_CHUNK = 2**22
-"""Most logits alive at once: 16 MiB of float32, small beside a cache and large enough for a full-speed matrix product."""
+SMALLEST_CHUNK = 256
+"""Tokens below which the matrix products of the head lose speed."""
+LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
+"""Logits alive at once where SMALLEST_CHUNK allows: what a CPU's cache holds; on a GPU what keeps it busy."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,32 +28,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        kept = loss_weight.nonzero().squeeze(1)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        token_loss = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
-        scale = loss_weight.to(wide)
-        for rows in kept.split(max(1, LOGITS_PER_CHUNK // len(weight))):
-            x, label = hidden[rows], labels[rows, None]
-            logits = (x @ weight.T).to(wide)
-            norm = logits.logsumexp(1, keepdim=True)
-            token_loss[rows] = (norm - logits.gather(1, label)).squeeze(1)
-            if not (need_hidden or need_weight):
-                continue
-            grad_logits = logits.sub_(norm).exp_()
-            grad_logits.scatter_add_(1, label, grad_logits.new_full(label.shape, -1.0))
-            grad_logits = grad_logits.mul_(scale[rows, None]).to(hidden.dtype)
-            if need_hidden:
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        token_loss = hidden.new_zeros(len(hidden), dtype=wide)
+        loss_weight = loss_weight.to(wide)
+        chunk = _chunk_tokens(weight)
+        # One buffer for all chunks: large blocks of fresh memory cost a CPU as much as the arithmetic on them.
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        for rows in loss_weight.nonzero().squeeze(1).split(chunk):
+            x = hidden[rows]
+            logits = torch.mm(x, weight.T, out=buffer[: len(rows)]).to(wide)
+            token_loss[rows], grad_logits = _cross_entropy(logits, labels[rows], loss_weight[rows])
+            grad_logits = grad_logits.to(x.dtype)
+            if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
-            if need_weight:
-                grad_weight += grad_logits.T @ x
+            if grad_weight is not None:
+                _accumulate(grad_weight, grad_logits.T, x)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(token_loss)
-        return (token_loss * scale).sum(), token_loss
+        return token_loss @ loss_weight, token_loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grads = (None if grad is None else grad * grad_sum.to(grad.dtype) for grad in ctx.saved_tensors)
         return *grads, None, None
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, loss_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [n] and the gradient of their weighted sum [n, V], which overwrites ``logits``."""
+    labels = labels[:, None]
+    target = logits.gather(1, labels)
+    largest = logits.amax(1, keepdim=True)
+    exponentials = logits.sub_(largest).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    losses = total.log() + largest - target
+    loss_weight = loss_weight[:, None]
+    grad = exponentials.mul_(loss_weight / total)
+    grad.scatter_add_(1, labels, -loss_weight)
+    return losses.squeeze(1), grad
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a temporary where the dtypes allow."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _chunk_tokens(weight: Tensor) -> int:
+    return max(SMALLEST_CHUNK, LOGITS_PER_CHUNK.get(weight.device.type, 2**26) // len(weight))
