@@ -49,13 +49,7 @@ class ModelConfig:
         """Resolve what the user left open.
 
         ``vocab_size`` (rows) and ``sequence_length`` (tokens) stand in where the options say null.
-        Raises ConfigError for a shape that cannot be built.
         """
-        if options.head_dim is None and (options.num_heads < 1 or options.hidden_size % options.num_heads):
-            raise ConfigError(
-                f"model.hidden_size is {options.hidden_size}, which model.num_heads ({options.num_heads}) does not divide; "
-                "change one of them or set model.head_dim"
-            )
         return cls(
             vocab_size=vocab_size if options.vocab_size is None else options.vocab_size,
             hidden_size=options.hidden_size,
