@@ -18,8 +18,8 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
 EOF
 
 # The stamp says what the environment was made from, so that a second call takes no time.
-wanted=$(cat setup.py | sha256sum | cut -d' ' -f1)-$extras
-stamp=$venv/.megatron_ext
+wanted=$(sha256sum <setup.py | cut -d' ' -f1)
+stamp=$venv/.megatron_ext-${extras:-base}
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
