@@ -1,9 +1,12 @@
 """Apply a function to a stream of items in other processes, and get the results in order."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from megatron_ext.errors import DataError
@@ -11,6 +14,7 @@ from megatron_ext.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_END = object()
 AHEAD = 4  # results for each worker that may wait for an item that takes longer
 
 
@@ -32,26 +36,22 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     if workers == 1:
         yield from map(function, items)
         return
-    pool = [_Worker(function) for _ in range(workers)]
-    try:
-        yield from _run(pool, iter(items))
-    finally:
-        for worker in pool:
-            worker.stop()
+    with ExitStack() as stack:
+        yield from _run(lambda: stack.enter_context(closing(_Worker(function))), workers, iter(items))
 
 
-def _run(pool: list["_Worker"], items: Iterator[Any]) -> Iterator[Any]:
-    idle = list(pool)
+def _run(start: Callable[[], "_Worker"], workers: int, items: Iterator[Any]) -> Iterator[Any]:
+    idle: list[_Worker] = []
     busy: dict[Connection, tuple[_Worker, int]] = {}
     done: dict[int, Any] = {}
     sent = returned = 0
-    waiting = next(items, None)
-    while waiting is not None or busy or done:
-        if idle and waiting is not None and sent - returned < AHEAD * len(pool):
-            worker = idle.pop()
-            worker.connection.send(waiting)
+    item = next(items, _END)
+    while item is not _END or busy:
+        if item is not _END and sent - returned < AHEAD * workers and (idle or len(busy) < workers):
+            worker = idle.pop() if idle else start()  # little input needs few workers
+            worker.connection.send(item)
             busy[worker.connection] = worker, sent
-            sent, waiting = sent + 1, next(items, None)
+            sent, item = sent + 1, next(items, _END)
             continue
         for connection in wait(list(busy)):
             worker, number = busy.pop(connection)
@@ -63,46 +63,53 @@ def _run(pool: list["_Worker"], items: Iterator[Any]) -> Iterator[Any]:
 
 
 class _Worker:
-    """A process that answers each item with a result or an exception."""
+    """A process that answers each item with a result or an exception.
+
+    It is a fresh interpreter: a fork would copy locks that the parent's threads hold and its ends of other workers' pipes, and
+    ``multiprocessing`` would first run the parent's main module again, with all that it imports.
+    """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        # A fresh interpreter: a fork would copy locks of the parent's threads, and its ends of the other workers' pipes.
-        context = multiprocessing.get_context("spawn")
-        self.connection, there = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(function, there), daemon=True)
-        self.process.start()
+        self.connection, there = multiprocessing.Pipe()
+        number = there.fileno()
+        program = f"from {__name__} import serve; serve({number})"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[number], env=environment, stdin=subprocess.DEVNULL)
         there.close()
+        self.connection.send(function)
 
     def receive(self) -> Any:
         """The result of the last item that was sent."""
         try:
             result, error = self.connection.recv()
         except (EOFError, ConnectionError) as broken:
-            self.process.join()
-            raise DataError(f"a worker died with exit code {self.process.exitcode} (-9: killed, often for want of memory)") from broken
+            code = self._process.wait()
+            raise DataError(f"a worker died with exit code {code} (-9: killed, often for want of memory)") from broken
         if error is not None:
             raise error
         return result
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the process, whatever it is doing."""
-        self.process.terminate()
-        self.process.join()
+        self._process.kill()
+        self._process.wait()
         self.connection.close()
 
 
-def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
-    """Loop of a worker, until the parent closes its end or is gone."""
-    while True:
-        try:
-            item = connection.recv()
-        except (EOFError, ConnectionError):
-            return
-        try:
-            answer = function(item), None
-        except Exception as error:
-            answer = None, error
-        try:
-            connection.send(answer)
-        except ConnectionError:
-            return
+def serve(file_descriptor: int) -> None:
+    """Loop of a worker: receive a function, then items, until the parent closes its end or is gone."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads in each of the workers would only wait for each other
+    connection = Connection(file_descriptor)
+    try:
+        function = connection.recv()
+        while True:
+            connection.send(_answer(function, connection.recv()))
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        return
+
+
+def _answer(function: Callable[[Any], Any], item: Any) -> tuple[Any, Exception | None]:
+    try:
+        return function(item), None
+    except Exception as error:
+        return None, error
