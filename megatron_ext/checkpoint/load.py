@@ -77,8 +77,13 @@ def load_optimizer(directory: Path, optimizer: ShardedOptimizer) -> None:
         CheckpointError: the parameters of the checkpoint are not those of the model.
     """
     reader = OwnedStateReader(directory)
-    names = set(optimizer.parameter_names)
-    if reader.names != names:
-        missing, unexpected = sorted(names - reader.names)[:3], sorted(reader.names - names)[:3]
-        raise CheckpointError(f"{directory}: the checkpoint is of another model: it lacks {missing} and has {unexpected} (first three of each)")
+    saved, rows = reader.rows, optimizer.parameter_rows
+    if saved.keys() != rows.keys():
+        missing, unexpected = sorted(rows.keys() - saved.keys())[:3], sorted(saved.keys() - rows.keys())[:3]
+        raise CheckpointError(
+            f"{directory}: the checkpoint is of another model: it lacks {missing} and has {unexpected} (first three of each)"
+        )
+    for name, count in rows.items():
+        if saved[name] != count:
+            raise CheckpointError(f"{directory}: {name} has {saved[name]} rows in the checkpoint, {count} in the model")
     optimizer.load_owned_state(reader)

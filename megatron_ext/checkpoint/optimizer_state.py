@@ -74,18 +74,21 @@ class OwnedStateReader:
         self._parameters: dict[str, list[dict[str, Any]]] = index["parameters"]
 
     @property
-    def names(self) -> set[str]:
-        """Parameters of the checkpoint."""
-        return set(self._parameters)
+    def rows(self) -> dict[str, int]:
+        """Rows of each parameter of the checkpoint, by name."""
+        return {name: max(entry["rows"][1] for entry in entries) for name, entries in self._parameters.items()}
 
     def __call__(self, rows: OwnedRows) -> dict[str, torch.Tensor]:
         """Tensors of these rows by kind, and scalars as tensors without dimensions."""
-        parts = [(entry, max(rows.start, entry["rows"][0]), min(rows.stop, entry["rows"][1])) for entry in self._parameters.get(rows.name, [])]
+        parts = [
+            (entry, max(rows.start, entry["rows"][0]), min(rows.stop, entry["rows"][1])) for entry in self._parameters.get(rows.name, [])
+        ]
         parts = sorted((part for part in parts if part[1] < part[2]), key=lambda part: part[1])
         if sum(stop - start for _, start, stop in parts) != rows.stop - rows.start:
             raise CheckpointError(f"{self._directory / FOLDER}: rows {rows.start} to {rows.stop} of {rows.name} are not all there")
         values = {
-            kind: torch.cat([self._read(entry, rows.name, kind, start, stop) for entry, start, stop in parts]) for kind in parts[0][0]["kinds"]
+            kind: _joined([self._read(entry, rows.name, kind, start, stop) for entry, start, stop in parts])
+            for kind in parts[0][0]["kinds"]
         }
         return values | {kind: torch.tensor(value) for kind, value in parts[0][0]["scalars"].items()}
 
@@ -94,9 +97,14 @@ class OwnedStateReader:
         path = self._directory / entry["file"]
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_slice(_key(name, kind, first, last))[start - first : stop - first]
+                saved = file.get_slice(_key(name, kind, first, last))
+                return saved[start - first : stop - first] if saved.get_shape() else saved[...]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {name} ({kind}): {error}") from error
+
+
+def _joined(blocks: list[torch.Tensor]) -> torch.Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _key(name: str, kind: str, start: int, stop: int) -> str:

@@ -75,9 +75,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.zero_grad()
 
     @property
-    def parameter_names(self) -> list[str]:
-        """Names of all parameters, in the order of the model."""
-        return list(self._parameters)
+    def parameter_rows(self) -> dict[str, int]:
+        """Rows of each parameter by name, in the order of the model; one without dimensions is a row."""
+        return {name: len(parameter) if parameter.ndim else 1 for name, parameter in self._parameters.items()}
 
     def owned_state(self) -> Iterator[tuple[OwnedRows, dict[str, torch.Tensor]]]:
         """The rows that this rank owns with what resuming needs: ``master`` and the rule's state, by kind."""
@@ -95,9 +95,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             values = read(owned.rows)
             for kind, value in values.items():
                 if value.ndim and value.shape != owned.master.shape:
-                    raise CheckpointError(
-                        f"{owned.rows.name} ({kind}): rows of the checkpoint are {list(value.shape)}, of the model {list(owned.master.shape)}"
-                    )
+                    seen, accepted = list(value.shape), list(owned.master.shape)
+                    raise CheckpointError(f"{owned.rows.name} ({kind}): rows of the checkpoint are {seen}, of the model {accepted}")
             owned.master.copy_(values.pop("master"))
             device = owned.master.device
             self.rule.state[owned.master] = {kind: value.to(device, main_dtype(value.dtype)) for kind, value in values.items()}

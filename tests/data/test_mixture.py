@@ -179,9 +179,8 @@ def test_reading_a_source_too_often_is_refused_before_training(tmp_path: Path) -
     free = corpus(tmp_path, "large", [np.arange(1000, dtype=np.uint16)])
     mixture = Mixture([limited, free], [0.5, 0.5], 0, SEQUENCE)
     mixture.check_epochs(400)
-    with pytest.raises(
-        ConfigError, match="source 'small' would be read 2.50 times by 500 tokens with a share of 0.500; its max_epochs is 2.0"
-    ):
+    message = r"source 'small' would be read 2\.50 times by 500 tokens with a share of 0\.500; its max_epochs is 2\.0"
+    with pytest.raises(ConfigError, match=message):
         mixture.check_epochs(500)
 
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -41,7 +42,7 @@ def test_looks_shuffled() -> None:
     assert abs(first - size / 2) < 4 * size / (12 * seeds) ** 0.5
     fixed = sum(sum(value == i for i, value in enumerate(order)) for order in orders)
     assert abs(fixed - seeds) < 4 * seeds**0.5
-    rising = sum(sum(a < b for a, b in zip(order, order[1:], strict=False)) for order in orders)
+    rising = sum(sum(a < b for a, b in pairwise(order)) for order in orders)
     expected = seeds * (size - 1) / 2
     assert abs(rising - expected) < 4 * (seeds * (size + 1) / 12) ** 0.5
     assert len({tuple(order) for order in orders}) == seeds

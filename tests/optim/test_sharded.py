@@ -185,7 +185,7 @@ def one_owned_state(world: World) -> tuple[list[tuple[str, int, int]], bool]:
             optimizer.step()
         if step == 1:
             saved = {rows: {kind: tensor.clone() for kind, tensor in values.items()} for rows, values in optimizers[0].owned_state()}
-            optimizers[1].load_owned_state(lambda rows: dict(saved[rows]))
+            optimizers[1].load_owned_state(saved.pop)
     rows = [(rows.name, rows.start, rows.stop) for rows, _ in optimizers[0].owned_state()]
     masters = all(torch.equal(a.master, b.master) for a, b in zip(optimizers[0].owned, optimizers[1].owned, strict=True))
     return rows, masters and all(torch.equal(source[name], target[name]) for name in source)

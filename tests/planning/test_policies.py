@@ -48,7 +48,7 @@ def test_a_document_that_fits_no_pack_is_refused() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="planning.policy is 'guess'; accepted: data_parallel"):
+    with pytest.raises(ConfigError, match=r"planning\.policy is 'guess'; accepted: data_parallel"):
         plan_step([5], 2, tokens_per_pack=10, policy="guess")
 
 

@@ -1,13 +1,7 @@
 """Whole runs: exact resume, also after a kill, on the same and on another number of ranks."""
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_ext.report.metrics import read_run
-from tests.distributed import RankError, RankPools
-from tests.train import tiny_run
-from tests.train.tiny_run import losses, master_weights, records, start, train, write_run
+from tests.distributed import RankPools
+from tests.train.tiny_run import losses, master_weights, records, train, write_run
 
 CHECKPOINTS = "run/checkpoints"
 

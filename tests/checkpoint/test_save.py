@@ -1,0 +1,185 @@
+"""Checkpoints as models, and saves that are killed, refused or out of disk at every point."""
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_ext.checkpoint import save
+from megatron_ext.checkpoint.directory import latest, saved_steps
+from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
+from megatron_ext.errors import CheckpointError
+from megatron_ext.parallel.world import World
+from tests.checkpoint.tiny_state import ALONE, CONFIG, trained, writer
+from tests.distributed import RankPools
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 4000])
+def test_a_checkpoint_is_a_model_that_transformers_loads(tmp_path: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    model, optimizer = trained(dtype=dtype)
+    path = writer(tmp_path, max_shard_bytes=max_shard_bytes, dtype=dtype).save(7, model, optimizer, {"tokens": 3})
+    shards = len(list(path.glob("model*.safetensors")))
+    assert (shards > 1) == (path / "model.safetensors.index.json").exists() == (max_shard_bytes == 4000)
+    loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    assert loaded.dtype == dtype
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    tokens = torch.arange(20) % CONFIG.vocab_size
+    ours = model.logits(tokens, torch.arange(20), torch.tensor([0, 20], dtype=torch.int32), 20)
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(loaded(input_ids=tokens[None]).logits[0].float(), ours.float(), rtol=limit, atol=limit)
+
+
+def save_on(world: World, root: Path, dtype: torch.dtype) -> str:
+    model, optimizer = trained(world, dtype)
+    return str(writer(root, world, max_shard_bytes=4000, dtype=dtype).save(2, model, optimizer, {"tokens": 3}))
+
+
+def load_on(world: World, path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Parameters, masters and moments of a rank that began with other values."""
+    model, optimizer = trained(world, dtype, seed=99)
+    verify(Path(path), world)
+    load_optimizer(Path(path), optimizer)
+    owned = {f"{rows}|{kind}": tensor.clone() for rows, values in optimizer.owned_state() for kind, tensor in values.items()}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()} | owned
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+def test_state_comes_back_bit_for_bit_on_any_number_of_ranks(run_ranks: RankPools, tmp_path: Path, before: int, after: int) -> None:
+    paths = run_ranks(before, save_on, tmp_path, torch.bfloat16)
+    assert paths == [str(tmp_path / "step_00000002")] * before
+    assert len(list((tmp_path / "step_00000002" / "optimizer").glob("owned-*.safetensors"))) == before
+    model, _ = trained(dtype=torch.bfloat16)
+    saved = [load_file(file) for file in (tmp_path / "step_00000002" / "optimizer").glob("*.safetensors")]
+    elements = sum(tensor.numel() for file in saved for tensor in file.values())
+    assert elements == 3 * CONFIG.num_parameters() and {t.dtype for file in saved for t in file.values()} == {torch.float32}
+    results = run_ranks(after, load_on, paths[0], torch.bfloat16)
+    for result in results:
+        if before == after == 1 or before == 1:
+            assert all(torch.equal(result[name], parameter) for name, parameter in model.named_parameters())
+        assert all(torch.equal(result[name], results[0][name]) for name, _ in model.named_parameters())
+        exported = {k: v for file in (tmp_path / "step_00000002").glob("*.safetensors") for k, v in load_file(file).items()}
+        assert all(torch.equal(result[name], tensor) for name, tensor in exported.items())
+
+
+def killed_at(call: int, root: Path) -> bool:
+    """Save step 2 in a fork that is killed just before its ``call``-th change of the disk; whether it came so far."""
+    model, optimizer = trained(seed=2)
+    child = os.fork()
+    if child == 0:
+        left = [call]
+
+        def deadly(function: Any) -> Any:
+            def wrapper(*arguments: Any, **keywords: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **keywords)
+
+            return wrapper
+
+        names = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
+        for name in names:
+            setattr(os, name, deadly(getattr(os, name)))
+        save.hf.save_file = deadly(save.hf.save_file)
+        writer(root, keep_last=1).save(2, model, optimizer, {})
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_at_any_moment_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Also where only one checkpoint is kept, so that the save removes the one before."""
+    first, second = (trained(seed=seed) for seed in (1, 2))
+    calls, seen = 0, []
+    while True:
+        calls += 1
+        root = tmp_path / str(calls)
+        writer(root, keep_last=1).save(1, *first, {})
+        was_killed = killed_at(calls, root)
+        path = find_checkpoint(root, "auto")
+        assert path is not None
+        assert verify(path, ALONE)["step"] == int(path.name[-1])
+        seen.append(int(path.name[-1]))
+        model, optimizer = trained(seed=3)
+        load_optimizer(path, optimizer)
+        expected = (first, second)[seen[-1] - 1][0]
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+        writer(root, keep_last=1).save(3, model, optimizer, {})
+        assert sorted(entry.name for entry in root.iterdir()) == ["latest", "step_00000003"], "leftovers are cleaned"
+        shutil.rmtree(root)
+        if not was_killed:
+            break
+    assert calls > 20 and seen == sorted(seen) and set(seen) == {1, 2}
+
+
+def test_killed_at_any_moment_the_very_first_save_leaves_all_or_nothing(tmp_path: Path) -> None:
+    calls, found = 0, []
+    while True:
+        calls += 1
+        root = tmp_path / str(calls)
+        was_killed = killed_at(calls, root)
+        path = find_checkpoint(root, "auto")
+        found.append(path is not None)
+        if path is not None:
+            assert verify(path, ALONE)["step"] == 2
+        if not was_killed:
+            break
+    assert found[0] is False and found[-1] is True and found == sorted(found)
+
+
+def fail_on_last_rank(world: World, root: Path, name: str, error: OSError) -> tuple[str, list[str]]:
+    """Save step 1, then step 2 with ``save.<name>`` failing on the last rank only; the error that this rank sees."""
+    model, optimizer = trained(world)
+    checkpoints = writer(root, world)
+    checkpoints.save(1, model, optimizer, {})
+
+    def failing(*arguments: Any) -> Any:
+        raise error
+
+    original = getattr(save, name)
+    with mock.patch.object(save, name, failing if world.rank == world.size - 1 else original), pytest.raises(CheckpointError) as caught:
+        checkpoints.save(2, model, optimizer, {})
+    seen = [path.name for path in saved_steps(root)]
+    world.barrier()
+    checkpoints.save(3, model, optimizer, {})
+    return str(caught.value), seen
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "Permission denied")],
+    ids=["disk full", "permission"],
+)
+def test_an_error_on_one_rank_is_one_on_all_and_leaves_the_old_checkpoint(run_ranks: RankPools, tmp_path: Path, error: OSError) -> None:
+    for message, seen in run_ranks(2, fail_on_last_rank, tmp_path, "write_owned", error):
+        assert message == f"rank 1: cannot save the checkpoint: {type(error).__name__}: {error}"
+        assert seen == ["step_00000001"]
+    assert [path.name for path in saved_steps(tmp_path)] == ["step_00000001", "step_00000003"]
+    verify(tmp_path / "step_00000001", ALONE)
+
+
+@pytest.mark.parametrize("name", ["begin", "publish", "write_json", "keep_newest"])
+def test_an_error_of_the_main_rank_leaves_the_old_checkpoint(tmp_path: Path, name: str) -> None:
+    error = OSError(errno.EDQUOT, "Disk quota exceeded")
+    message, _ = fail_on_last_rank(ALONE, tmp_path, name, error)
+    assert message.endswith("cannot save the checkpoint: OSError: [Errno 122] Disk quota exceeded")
+    verify(tmp_path / "step_00000001", ALONE) if name != "keep_newest" else verify(tmp_path / "step_00000002", ALONE)
+    assert latest(tmp_path) == tmp_path / "step_00000003"
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in range(1, 6):
+        writer(tmp_path, keep_last=2).save(step, model, optimizer, {})
+    assert [path.name for path in saved_steps(tmp_path)] == ["step_00000004", "step_00000005"]
