@@ -116,7 +116,8 @@ class Mixture:
         if changed and not allow_changed:
             raise DataError(
                 f"the training data changed since the checkpoint (fingerprint {state['fingerprint']}, now {self.fingerprint()}): "
-                "a source, its files, weights, seed, split or data.sequence_length differ. Set checkpoint.allow_changed_data=true to continue with the new data"
+                "a source, its files, weights, seed, split or data.sequence_length differ. "
+                "Set checkpoint.allow_changed_data=true to continue with the new data"
             )
         for corpus, cursor in zip(self.corpora, self.cursors, strict=True):
             saved = Cursor(**state["cursors"].get(corpus.name, {}))
