@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.output,
             character_coverage=options.character_coverage,
             max_lines=options.max_lines,
-            seed=options.seed,
         )
     except (MegatronExtError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--on-error", choices=ON_ERROR, default="fail", help="stop at a record that cannot be read, or name and skip it")
     parser.add_argument("--character-coverage", type=float, default=0.9995, metavar="SHARE", help="of characters with a token of their own")
     parser.add_argument("--max-lines", type=int, default=5_000_000, metavar="N", help="learn from a random sample of at most N lines")
-    parser.add_argument("--seed", type=int, default=0, help="of that sample")
     return parser
 
 

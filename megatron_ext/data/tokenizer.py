@@ -16,9 +16,7 @@ from megatron_ext.errors import DataError
 LARGEST_UINT16_VOCABULARY = 65499  # Megatron's rule for the dtype of a .bin
 _ASCII_NEXT = r"(?![^\x00-\x7F])"
 _SPACE = " \u2581"
-WORD_PATTERN = (
-    rf"\n+|[{_SPACE}]*(?:[A-Za-z]++{_ASCII_NEXT}|[\x00-\x09\x0B-\x1F!-@\[-`{{-\x7F]++{_ASCII_NEXT}|[^{_SPACE}\n]+)|[{_SPACE}]+"
-)
+WORD_PATTERN = rf"\n+|[{_SPACE}]*(?:[A-Za-z]++{_ASCII_NEXT}|[\x00-\x09\x0B-\x1F!-@\[-`{{-\x7F]++{_ASCII_NEXT}|[^{_SPACE}\n]+)|[{_SPACE}]+"
 """Cuts a text before spaces, around newlines, and between ASCII letters and other ASCII characters.
 
 No token of a tokenizer that ``tokenizer_training`` makes reaches over such a cut: sentencepiece has spaces only at the beginning of a token
@@ -119,20 +117,33 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         DataError: the folder holds no usable tokenizer, or the tokenizer has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer  # a second of imports that processes which are handed a Tokenizer do not need
-
     folder = Path(folder)
     if not any((folder / name).is_file() for name in FILES):
         raise DataError(f"{folder}: not a tokenizer folder, expected one with {', '.join(FILES[:2])} or tokenizer.model")
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        loaded = _loader(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise DataError(f"{folder}: transformers cannot load this tokenizer: {error}") from error
     if not loaded.is_fast:
         raise DataError(f"{folder}: {type(loaded).__name__} has no tokenizer.json backend, expected a fast tokenizer")
     if loaded.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer has no eos_token, which is needed to end documents")
     return Tokenizer(loaded.backend_tokenizer.to_str(), loaded.eos_token_id, str(folder), loaded.split_special_tokens)
+
+
+def _loader(folder: Path) -> Any:
+    """The class to load a folder with, which is AutoTokenizer except where that would not do what the folder says.
+
+    Beside a config.json of some model types (qwen2 in transformers 5), AutoTokenizer puts the model's own pre-tokenizer in the place of the
+    one in a tokenizer.json that is declared to be complete.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # a second of imports that preprocessing workers do without
+
+    config, definition = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not (config.is_file() and definition.is_file()):
+        return AutoTokenizer
+    declared = json.loads(config.read_text("utf-8")).get("tokenizer_class")
+    return PreTrainedTokenizerFast if declared in ("PreTrainedTokenizerFast", "TokenizersBackend") else AutoTokenizer
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -28,7 +28,6 @@ def train_tokenizer(
     *,
     character_coverage: float = 0.9995,
     max_lines: int = 5_000_000,
-    seed: int = 0,
 ) -> None:
     """Train on ``texts`` and write tokenizer.model (sentencepiece), tokenizer.json and tokenizer_config.json (Hugging Face).
 
@@ -41,14 +40,12 @@ def train_tokenizer(
         vocab_size: number of tokens, with 4 special ones and 256 bytes.
         folder: where to write; made if missing.
         character_coverage: share of the text's characters that get tokens of their own.
-        max_lines: lines to learn from; of longer input a random sample is taken.
-        seed: of that sample.
+        max_lines: lines to learn from; of longer input a random sample is taken, the same one every time.
 
     Raises:
         DataError: ``vocab_size`` does not fit the texts.
     """
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts),
