@@ -91,7 +91,7 @@ def _reader(source: Path) -> Callable[[Path, Sequence[str]], Iterator[Block]]:
 
 
 def _refuse(source: Path, keys: Sequence[str]) -> Iterator[Block]:
-    yield _broken(source, 0, "", f"files that end in {source.suffix} are not read, accepted: {ACCEPTED}")
+    yield _broken(source, 0, "", f"files like {source.name} are not read, accepted: {ACCEPTED}")
 
 
 def _read_json_lines(source: Path, keys: Sequence[str]) -> Iterator[Block]:
