@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megatron_ext.atomic_io import fsync_file, write_json
-from megatron_ext.checkpoint.directory import begin, keep_newest, publish
 from megatron_ext.checkpoint import hf
+from megatron_ext.checkpoint.directory import begin, keep_newest, publish
 from megatron_ext.checkpoint.manifest import STATE_FILE, Entry, file_entry, seal
 from megatron_ext.checkpoint.optimizer_state import FOLDER, INDEX, index_of, write_owned
 from megatron_ext.errors import CheckpointError
@@ -69,8 +69,8 @@ class CheckpointWriter:
         plan = hf.shard_plan(_sizes(weights), self.max_shard_bytes)
         if len(plan) > 1:
             write_json(beside / hf.INDEX, hf.shard_index(plan, _sizes(weights)))
-        once = [str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file() and str(path.relative_to(beside)) not in files]
-        files = {**files, **_flush(beside, once)}
+        present = {str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file()}
+        files = {**files, **_flush(beside, sorted(present - files.keys()))}
         write_json(beside / STATE_FILE, seal(json.loads(json.dumps({**state, "step": step, "files": dict(sorted(files.items()))}))))
 
     def _publish(self, beside: Path, step: int) -> Path:

@@ -94,7 +94,9 @@ class Corpus:
                 fruitless += 1
                 if fruitless > 2 * len(self):
                     side = "validation" if held_out else "training"
-                    raise DataError(f"{self.path}: none of {len(self)} documents is left for {side} (data.validation_fraction={self.held_out})")
+                    raise DataError(
+                        f"{self.path}: none of {len(self)} documents is left for {side} (data.validation_fraction={self.held_out})"
+                    )
             position += 1
 
     def _order(self, seed: str, epoch: int) -> Permutation:

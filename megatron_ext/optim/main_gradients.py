@@ -1,6 +1,6 @@
 """Float32 gradients that accumulate over the packs of a step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -22,7 +22,7 @@ class MainGradients:
             if parameter.dtype not in (torch.float32, torch.float64):
                 parameter.register_post_accumulate_grad_hook(self._hook(name))
 
-    def _hook(self, name: str):  # noqa: ANN202 - the type of autograd hooks
+    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
         def add(parameter: torch.Tensor) -> None:
             if name in self._sums:
                 self._sums[name].add_(parameter.grad)

@@ -71,7 +71,8 @@ class Plan:
     def decode(cls, encoded: np.ndarray) -> "Plan":
         """Inverse of :meth:`encode`. Raises ConfigError if the array is not a plan of this version."""
         if encoded.ndim != 1 or len(encoded) < 3 or encoded[0] != FORMAT_VERSION:
-            raise ConfigError(f"not an encoded plan of version {FORMAT_VERSION}: an array of shape {encoded.shape} that begins {encoded[:3]}")
+            seen = f"an array of shape {encoded.shape} that begins {encoded[:3]}"
+            raise ConfigError(f"not an encoded plan of version {FORMAT_VERSION}: {seen}")
         num_ranks, num_packs = int(encoded[1]), int(encoded[2])
         packs_end = 3 + 3 * num_packs
         heads = encoded[3:packs_end].reshape(-1, 3) if 0 <= num_packs and packs_end <= len(encoded) else None
@@ -102,7 +103,8 @@ class Plan:
             position = 0
             for start, stop in sorted(pieces):
                 if start != position or stop <= start:
-                    raise ConfigError(f"document {document}: tokens {min(start, position)} to {max(start, position)} are not computed exactly once")
+                    first, last = min(start, position), max(start, position)
+                    raise ConfigError(f"document {document}: tokens {first} to {last} are not computed exactly once")
                 position = stop
             if position != length:
                 raise ConfigError(f"document {document}: {position} of {length} tokens are computed")
@@ -110,6 +112,5 @@ class Plan:
     def _validate_block(self, number: int, pack: Pack) -> None:
         power_of_two = pack.degree > 0 and pack.degree & (pack.degree - 1) == 0
         if not power_of_two or pack.first_rank % pack.degree or not 0 <= pack.first_rank <= self.num_ranks - pack.degree:
-            raise ConfigError(
-                f"pack {number}: ranks {pack.first_rank} to {pack.first_rank + pack.degree - 1} are not an aligned power-of-two block of {self.num_ranks}"
-            )
+            ranks = f"ranks {pack.first_rank} to {pack.first_rank + pack.degree - 1}"
+            raise ConfigError(f"pack {number}: {ranks} are not an aligned power-of-two block of {self.num_ranks}")

@@ -22,7 +22,9 @@ class EvaluationResult:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, sets: list[ValidationSet], world: World, tokens_per_pack: int, vocab_size: int) -> list[EvaluationResult]:
+def evaluate(
+    model: torch.nn.Module, sets: list[ValidationSet], world: World, tokens_per_pack: int, vocab_size: int
+) -> list[EvaluationResult]:
     """Evaluate every set. All ranks call it and get the same result.
 
     Args:

@@ -42,7 +42,9 @@ def training_shares(data: DataOptions, replayed_by: tuple[str, ...] = ()) -> lis
     names = [share.source.name for share in shares]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"data.replay: source {twice[0]!r} is replayed and also new; accepted: names that differ from those of data.sources")
+        raise ConfigError(
+            f"data.replay: source {twice[0]!r} is replayed and also new; accepted: names that differ from those of data.sources"
+        )
     return shares
 
 

@@ -86,9 +86,9 @@ class Trainer:
         """One optimizer step; returns whether a rank was asked to stop."""
         begin = time.perf_counter()
         pieces = self.setup.mixture.take(self.config.data.tokens_per_step)
-        plan = plan_step(
-            [len(piece) for piece in pieces], self.world.size, tokens_per_pack=self.setup.tokens_per_pack, policy=self.config.planning.policy
-        )
+        lengths = [len(piece) for piece in pieces]
+        policy = self.config.planning.policy
+        plan = plan_step(lengths, self.world.size, tokens_per_pack=self.setup.tokens_per_pack, policy=policy)
         self.step += 1
         lr = self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step, self.total_steps)
         self.optimizer.set_learning_rate(lr)
@@ -206,13 +206,14 @@ class Trainer:
         parameters = setup.model.num_parameters()
         entropy = {each.name: each.unigram_entropy() for each in setup.validation} if self.world.is_main else {}
         shares = zip(setup.mixture.corpora, setup.mixture.shares, strict=True)
+        packs = f"packs of {setup.tokens_per_pack:,}, {self.config.planning.policy}"
         self.console.say(f"megatron_ext {version('megatron_ext')}: {self.run_dir}")
         self.console.banner(
             {
                 "ranks": f"{ranks} data parallel, {describe(self.world.device)}",
                 "parameters": f"{parameters:,}",
                 "optimizer": f"AdamW on {self._master_dtype()} master weights, each rank owns about {parameters // ranks:,} parameters",
-                "step": f"{self.config.data.tokens_per_step:,} tokens at most; packs of {setup.tokens_per_pack:,}, {self.config.planning.policy}",
+                "step": f"{self.config.data.tokens_per_step:,} tokens at most; {packs}",
                 "budget": f"{self.total_steps:,} steps, {setup.token_budget:,} tokens",
                 "data": ", ".join(f"{corpus.name} {share:.1%} ({corpus.dataset.num_tokens:,} tokens)" for corpus, share in shares),
                 **self.chosen,
