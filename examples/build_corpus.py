@@ -99,9 +99,9 @@ def bare_code(source: str, tree: ast.Module) -> str:
         begin = len(comment.line[:column].encode())
         lines[line - 1] = lines[line - 1][:begin].rstrip() + b"\n"
     for statement, is_only in reversed(list(lone_strings(tree))):
-        replacement = b"pass" if is_only else b""
         first, last = statement.lineno - 1, statement.end_lineno - 1
         after = lines[last][statement.end_col_offset :]
+        replacement = b"pass" if is_only or after.strip() else b""
         lines[first] = lines[first][: statement.col_offset] + replacement + after
         lines[first + 1 : last + 1] = [b""] * (last - first)
     return tidy(b"".join(lines).decode())

@@ -44,11 +44,13 @@ def train_tokenizer(
 
     Raises:
         DataError: ``vocab_size`` does not fit the texts.
+        Exception: whatever ``texts`` raises.
     """
     model = io.BytesIO()
+    failures: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=_sentences(texts, failures),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -66,16 +68,25 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise DataError(f"sentencepiece cannot learn {vocab_size} tokens from these texts: {error}") from error
     _save(model.getvalue(), Path(folder))
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines without their ends, so that no token but the byte itself contains a newline."""
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), LONGEST_SENTENCE):
-                yield line[start : start + LONGEST_SENTENCE]
+def _sentences(texts: Iterable[str], failures: list[Exception]) -> Iterator[str]:
+    """Lines without their ends, so that no token but the byte itself contains a newline.
+
+    What ``texts`` raises is also put into ``failures``: sentencepiece turns every exception into a RuntimeError of its own.
+    """
+    try:
+        for text in texts:
+            for line in text.split("\n"):
+                for start in range(0, len(line), LONGEST_SENTENCE):
+                    yield line[start : start + LONGEST_SENTENCE]
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 def _save(model: bytes, folder: Path) -> None:
