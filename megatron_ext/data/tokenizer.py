@@ -1,7 +1,6 @@
 """Text to token ids and back, with any tokenizer folder that ``transformers`` loads."""
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +10,10 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from megatron_ext.atomic_io import atomic_open
+from megatron_ext.data.words import FindWords, word_finder
 from megatron_ext.errors import DataError
 
 LARGEST_UINT16_VOCABULARY = 65499  # Megatron's rule for the dtype of a .bin
-_ASCII_NEXT = r"(?![^\x00-\x7F])"
-_SPACE = " \u2581"
-WORD_PATTERN = rf"\n+|[{_SPACE}]*(?:[A-Za-z]++{_ASCII_NEXT}|[\x00-\x09\x0B-\x1F!-@\[-`{{-\x7F]++{_ASCII_NEXT}|[^{_SPACE}\n]+)|[{_SPACE}]+"
-"""Cuts a text before spaces, around newlines, and between ASCII letters and other ASCII characters.
-
-No token of a tokenizer that ``tokenizer_training`` makes reaches over such a cut: sentencepiece has spaces only at the beginning of a token
-and never mixes scripts in one, and sees no newline in training.
-"""
 
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -33,7 +25,7 @@ class Tokenizer:
     """Token ids of plain text, without special tokens added.
 
     Equal to ``AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)``, and faster where a text falls into independent
-    words (see ``WORD_PATTERN``): a word that was seen before is looked up. Can be pickled to another process.
+    words (see ``word_finder``): a word that was seen before is looked up. Can be pickled to another process.
 
     Args:
         definition: contents of a ``tokenizer.json``.
@@ -50,7 +42,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = split_special_tokens
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = token_dtype(self.vocab_size)
-        self._words = WordCache(self._backend, self.dtype) if split_special_tokens and _splits_into_words(definition) else None
+        find_words = word_finder(json.loads(definition), split_special_tokens)
+        self._words = WordCache(self._backend, self.dtype, find_words) if find_words else None
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Any, ...]]:
         return Tokenizer, (self._definition, self.eod_id, self.name, self._split_special_tokens)
@@ -72,20 +65,20 @@ class Tokenizer:
 
 
 class WordCache:
-    """Ids of words that were seen before, for a tokenizer whose tokens never reach over a word's end.
+    """Ids of words that were seen before.
 
     Args:
         backend: tokenizer to ask for a new word.
         dtype: of the ids.
+        find_words: cuts a text where the tokenizer's tokens end.
         max_words: words to remember; text of any size needs no more memory than that.
         max_length: characters of the longest word to remember.
     """
 
-    def __init__(self, backend: Backend, dtype: np.dtype, max_words: int = 1 << 18, max_length: int = 64) -> None:
-        self._backend, self._dtype = backend, dtype
+    def __init__(self, backend: Backend, dtype: np.dtype, find_words: FindWords, max_words: int = 1 << 18, max_length: int = 64) -> None:
+        self._backend, self._dtype, self._find_words = backend, dtype, find_words
         self._max_words, self._max_length = max_words, max_length
         self._ids: dict[str, bytes] = {}
-        self._find_words = re.compile(WORD_PATTERN).findall
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, [tokens]."""
@@ -163,19 +156,3 @@ def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
     for name in names:
         with open(Path(source) / name, "rb") as original, atomic_open(Path(target) / name, "wb") as copy:
             shutil.copyfileobj(original, copy)
-
-
-def _splits_into_words(definition: str) -> bool:
-    """Whether the text is cut by ``WORD_PATTERN`` and by nothing else."""
-    parts = json.loads(definition)
-    return parts["pre_tokenizer"] == word_splitter() and parts["normalizer"] == space_marker()
-
-
-def word_splitter() -> dict[str, Any]:
-    """The pre-tokenizer of a ``tokenizer.json`` that cuts by ``WORD_PATTERN``."""
-    return {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False}
-
-
-def space_marker() -> dict[str, Any]:
-    """The normalizer of a ``tokenizer.json`` that writes a space as sentencepiece does."""
-    return {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}

@@ -12,7 +12,7 @@ from typing import Any
 import sentencepiece
 
 from megatron_ext.atomic_io import atomic_open, write_json
-from megatron_ext.data.tokenizer import space_marker, word_splitter
+from megatron_ext.data.words import space_marker, word_splitter
 from megatron_ext.errors import DataError
 
 SPECIAL_TOKENS = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}

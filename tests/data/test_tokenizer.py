@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,16 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 import megatron_ext.data.tokenizer as tokenizer_module
 from megatron_ext.data.tokenizer import Tokenizer, WordCache, copy_tokenizer_files, load_tokenizer, token_dtype
 from megatron_ext.data.tokenizer_training import train_tokenizer
+from megatron_ext.data.words import WORD_PATTERN
 from megatron_ext.errors import DataError
+from tests.data.byte_level import byte_level_backend
 
 VOCAB_SIZE = 600
 DIFFICULT = {
@@ -68,16 +71,8 @@ def hugging_face(folder: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of the kind that Llama 3 and Qwen have, made by the tokenizers library."""
-    backend = Backend(models.BPE())
-    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(source_code(), trainer)
+    """A tokenizer of the kind that GPT-2 has."""
+    backend = byte_level_backend(pre_tokenizers.ByteLevel(add_prefix_space=False), source_code())
     folder = tmp_path_factory.mktemp("byte_level")
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>").save_pretrained(folder)
     return folder
@@ -137,7 +132,9 @@ def test_text_is_cut_into_words_and_they_are_remembered(trained: Tokenizer) -> N
 
 
 def test_cache_is_bounded(folder: Path, trained: Tokenizer) -> None:
-    words = WordCache(Backend.from_file(str(folder / "tokenizer.json")), trained.dtype, max_words=50, max_length=10)
+    words = WordCache(
+        Backend.from_file(str(folder / "tokenizer.json")), trained.dtype, re.compile(WORD_PATTERN).findall, max_words=50, max_length=10
+    )
     text = " ".join("x" * (number % 20) + "y" * (number // 20) for number in range(400))
     for part in (text, text[::-1], text):
         assert words.encode(part).tolist() == trained.encode(part).tolist()
