@@ -38,8 +38,17 @@ DIFFICULT = {
     "letters beside others": "caf\u00e9(x)…“quoted”—dash1.5e-10_name",
     "special tokens as text": "a</s><s> <unk><pad> <0x0A> <0xFF>",
     "code": "def f(x: int) -> str:\n    if x == 10:\n\t\treturn f'{x!r:>{width}}'  # no\n",
+    "ASCII joined with other characters": "cafés “so”, déjà” ”. x”,y é”a",
     "rare characters": "\U0010ffff\ue000\ufffd",
 }
+
+
+# Frequent enough that sentencepiece joins ASCII characters with others.
+MIXED = "café déjà, “so”; “no”, cafés “yes”. " * 200
+
+
+def training_texts() -> list[str]:
+    return [*source_code(), *DIFFICULT.values(), MIXED]
 
 
 def source_code() -> list[str]:
@@ -50,7 +59,7 @@ def source_code() -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    train_tokenizer([*source_code(), *DIFFICULT.values()], VOCAB_SIZE, folder)
+    train_tokenizer(training_texts(), VOCAB_SIZE, folder)
     return folder
 
 
@@ -152,11 +161,12 @@ def test_special_tokens(trained: Tokenizer, hugging_face: PreTrainedTokenizerFas
 def test_no_token_contains_a_newline_or_two_words(processor: sentencepiece.SentencePieceProcessor) -> None:
     pieces = [processor.id_to_piece(number) for number in range(4 + 256, VOCAB_SIZE)]
     assert not any("\n" in piece or "\u2581" in piece.lstrip("\u2581") for piece in pieces)
+    assert "fé" in pieces and "”," in pieces, "the texts above do not try what they should"
     assert any(len(piece) > 3 for piece in pieces) and any(set(piece) == {"\u2581"} and len(piece) > 1 for piece in pieces)
 
 
 def test_training_again_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
-    train_tokenizer([*source_code(), *DIFFICULT.values()], VOCAB_SIZE, tmp_path)
+    train_tokenizer(training_texts(), VOCAB_SIZE, tmp_path)
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
