@@ -118,7 +118,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _print(documents: int, seconds: Sequence[tuple[float, float]], workers: int) -> None:
-    table = Table(title=f"{documents:,} documents, {workers} workers, {len(seconds)} pairs of runs, tokens verified equal")
+    table = Table()
     for column in ("", "min", "median", "max"):
         table.add_column(column, justify="right" if column else "left")
     rows = {
@@ -128,7 +128,9 @@ def _print(documents: int, seconds: Sequence[tuple[float, float]], workers: int)
     }
     for name, values in rows.items():
         table.add_row(name, *(f"{statistic(values):,.2f}" for statistic in (min, statistics.median, max)))
-    Console().print(table)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{documents:,} documents, {workers} workers, {len(seconds)} pairs of runs, tokens verified equal")
+    console.print(table)
 
 
 def _parser() -> argparse.ArgumentParser:
