@@ -6,6 +6,7 @@ Started without a launcher it runs in one process.
 """
 
 import argparse
+import os
 import sys
 
 from megatron_ext.config import load_config
@@ -33,4 +34,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # DeepSpeed keeps process groups alive whose threads now and then abort the interpreter while it ends: a whole run would look failed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
