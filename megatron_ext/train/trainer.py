@@ -16,6 +16,7 @@ from megatron_ext.config import deepspeed_config, total_steps
 from megatron_ext.data.batch import PackedBatch, read_pack
 from megatron_ext.data.corpus import Piece
 from megatron_ext.errors import DataError
+from megatron_ext.optim.main_gradients import main_dtype
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.world import World
@@ -238,7 +239,7 @@ class Trainer:
         )
 
     def _master_dtype(self) -> str:
-        return str(self.optimizer.owned[0].master.dtype).removeprefix("torch.")
+        return str(main_dtype(next(self.model.parameters()).dtype)).removeprefix("torch.")
 
 
 def _versions() -> dict[str, str]:
