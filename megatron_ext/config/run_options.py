@@ -16,8 +16,8 @@ class TrainOptions:
     """Token budget of the run, turned into steps by ``data.tokens_per_step``."""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """Of parameters and activations: ``bfloat16``, ``float32``, ``float64``; ``auto``: bfloat16 where the device is fast at it."""
-    activation_checkpointing: bool = False
-    """Compute each block twice instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, all but matrix products and attention, or each whole block."""
     threads_per_rank: int | None = None
     """CPU threads of a rank; null: the cores of the machine divided by its ranks."""
 

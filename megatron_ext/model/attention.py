@@ -7,30 +7,38 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.rope import apply_rope
+from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), the heads divided over the tensor-parallel ranks.
 
-    def __init__(self, config: ModelConfig, backend: str) -> None:
+    Where there are fewer key/value heads than ranks, neighbouring ranks hold the same one.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str, tp: TensorParallel) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.backend = backend
-        self.q_proj = nn.Linear(config.hidden_size, config.query_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.tp = tp
+        queries = tp.heads(config.num_heads, config.head_dim)
+        keys = tp.heads(config.num_kv_heads, config.head_dim)
+        self.q_proj = ColumnLinear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = ColumnLinear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = ColumnLinear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = RowLinear(queries, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, partial=True) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, partial=True) if config.qk_norm else None
 
     def forward(self, x: Tensor, pack: PackContext) -> Tensor:
-        """Map ``x`` [T, hidden] to [T, hidden]."""
+        """Map ``x`` [T, hidden], as it is outside a tensor-parallel region, to the same shape."""
+        x = self.tp.enter(x, pack.tokens)
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, pack.cos, pack.sin), apply_rope(k, pack.cos, pack.sin)
         out = varlen_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, backend=self.backend)
-        return self.o_proj(out.flatten(1))
+        return self.tp.leave(self.o_proj(out.flatten(1)))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

@@ -17,3 +17,8 @@ class PackContext:
     """Cosines of ``rope_tables`` [T, head_dim]."""
     sin: Tensor
     """Signed sines of ``rope_tables`` [T, head_dim]."""
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of the pack."""
+        return len(self.cos)

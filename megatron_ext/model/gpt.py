@@ -10,17 +10,22 @@ from megatron_ext.model.context import PackContext
 from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.loss import linear_cross_entropy
 from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.placements import parameter_boxes
 from megatron_ext.model.rope import rope_tables
+from megatron_ext.parallel.pipeline import Stage, whole_model
+from megatron_ext.parallel.placement import slices, whole_box
+from megatron_ext.parallel.tensor import ColumnLinear, TensorParallel, VocabularyEmbedding, single
 
 
 class Decoder(nn.Module):
-    """Everything under the name ``model.`` in a checkpoint."""
+    """Everything under the name ``model.`` in a checkpoint that this stage holds. A tied embedding is on the last stage too."""
 
-    def __init__(self, config: ModelConfig, attention: str, activation_checkpointing: bool) -> None:
+    def __init__(self, config: ModelConfig, attention: str, recompute: str, tp: TensorParallel, stage: Stage) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention, activation_checkpointing) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        embeds = stage.is_first or (stage.is_last and config.tie_embeddings)
+        self.embed_tokens = VocabularyEmbedding(tp.rows(config.vocab_size), config.hidden_size) if embeds else None
+        self.layers = nn.ModuleDict({str(layer): Block(config, attention, tp, recompute) for layer in stage.layers})
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, partial=tp.shard_tokens) if stage.is_last else None
 
 
 class GPT(nn.Module):
@@ -28,54 +33,91 @@ class GPT(nn.Module):
 
     Weights are drawn by ``reset_parameters``; until then, or until a checkpoint is loaded, they are PyTorch's default. The model can be
     built on the meta device and given memory by ``to_empty``: it has no buffers.
+
+    Args:
+        config: shape of the whole model.
+        attention: backend of ``varlen_attention``.
+        recompute: activation checkpointing, see ``recomputed``.
+        tp: tensor-parallel ranks; None: this rank has all of every matrix.
+        stage: the layers of this rank; None: all.
     """
 
-    def __init__(self, config: ModelConfig, attention: str = "auto", activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: str = "auto",
+        recompute: str = "none",
+        tp: TensorParallel | None = None,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, attention, activation_checkpointing)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tp = tp or single()
+        self.stage = stage or whole_model(config.num_layers)
+        self.model = Decoder(config, attention, recompute, self.tp, self.stage)
+        has_head = self.stage.is_last and not config.tie_embeddings
+        self.lm_head = ColumnLinear(config.hidden_size, self.tp.rows(config.vocab_size)) if has_head else None
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix [V, hidden]: the embedding itself when tied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    def flat_layers(self) -> list[nn.Module]:
-        """Embedding, blocks, final norm and head, in order of execution; a tied head is the embedding again."""
+        """This rank's rows of the output matrix [V, hidden]: of the embedding itself when tied. Only on the last stage."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return [self.model.embed_tokens, *self.model.layers, self.model.norm, head]
+        assert head is not None, "the last stage has a head"
+        return head.weight
 
     def reset_parameters(self, seed: int) -> None:
-        """Draw every weight anew: a function of ``seed`` and the parameter's name alone."""
-        for name, parameter in self.named_parameters():
-            initialize_parameter(name, parameter, self.config, seed)
+        """Draw every weight anew: a function of ``seed`` and the parameter's name alone, whatever the ranks."""
+        parameters = dict(self.named_parameters())
+        for name, (shape, box) in parameter_boxes(self).items():
+            whole = torch.empty(shape, device="cpu")
+            initialize_parameter(name, whole, self.config, seed)
+            with torch.no_grad():
+                parameters[name].copy_(whole[slices(box, whole_box(shape))])
 
-    def hidden_states(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Final normalised hidden states [T, hidden]; arguments as in ``forward``."""
-        x = F.embedding(tokens, self.model.embed_tokens.weight)
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        pack = PackContext(cu_seqlens, max_seqlen, cos, sin)
-        for layer in self.model.layers:
+    def context(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackContext:
+        """What the blocks need to know of a pack; arguments as in ``forward``."""
+        dtype = next(self.parameters()).dtype
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        return PackContext(cu_seqlens, max_seqlen, cos, sin)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Residual stream [T, hidden] of ``tokens`` int [T], as it is outside a tensor-parallel region. Only on the first stage."""
+        assert self.model.embed_tokens is not None, "the first stage has the embedding"
+        return self.tp.leave(self.model.embed_tokens(tokens))
+
+    def blocks(self, x: Tensor, pack: PackContext) -> Tensor:
+        """Map the residual stream ``x`` through the blocks of this stage."""
+        for layer in self.model.layers.values():
             x = layer(x, pack)
-        return self.model.norm(x)
+        return x
+
+    def head_input(self, x: Tensor, tokens: int) -> Tensor:
+        """Final normalised hidden states [T, hidden], on every tensor-parallel rank. Only on the last stage; ``tokens`` is T."""
+        assert self.model.norm is not None, "the last stage has the final norm"
+        return self.tp.enter(self.model.norm(x), tokens)
+
+    def loss(self, x: Tensor, labels: Tensor, loss_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of a pack from the residual stream after the last block; arguments and results as in ``forward``. Only on the last stage."""
+        hidden, rows = self.head_input(x, len(labels)), self.tp.rows(self.config.vocab_size)
+        return linear_cross_entropy(hidden, self.head_weight, labels, loss_weight, rows, self.tp.group)
 
     def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Logits [T, V] in the model's dtype; arguments as in ``forward``."""
-        return F.linear(self.hidden_states(tokens, positions, cu_seqlens, max_seqlen), self.head_weight)
+        """This rank's columns of the logits [T, V] in the model's dtype, on one stage; arguments as in ``forward``."""
+        x = self.blocks(self.embed(tokens), self.context(positions, cu_seqlens, max_seqlen))
+        return F.linear(self.head_input(x, len(tokens)), self.head_weight)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, labels: Tensor, loss_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss of a pack.
+        """Loss of a pack, where one stage has all layers.
 
         ``tokens`` int [T]; ``positions`` int [T], from 0 in each document; ``cu_seqlens`` int32 [documents + 1], from 0 to T;
         ``max_seqlen`` at least the longest document; ``labels`` int64 [T]; ``loss_weight`` float32 [T]. T may be 0. Returns the sum of
         ``loss_weight`` times cross-entropy (differentiable) and the unweighted cross-entropy of each token [T] (0 where the weight
-        is 0), float32, or float64 for a float64 model.
+        is 0), float32, or float64 for a float64 model; the same on every tensor-parallel rank.
         """
-        hidden = self.hidden_states(tokens, positions, cu_seqlens, max_seqlen)
-        return linear_cross_entropy(hidden, self.head_weight, labels, loss_weight)
+        x = self.blocks(self.embed(tokens), self.context(positions, cu_seqlens, max_seqlen))
+        return self.loss(x, labels, loss_weight)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:

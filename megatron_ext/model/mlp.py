@@ -4,17 +4,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext.model.config import ModelConfig
+from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), the intermediate channels divided over the tensor-parallel ranks."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        channels = tp.rows(config.intermediate_size)
+        self.tp = tp
+        self.gate_proj = ColumnLinear(config.hidden_size, channels)
+        self.up_proj = ColumnLinear(config.hidden_size, channels)
+        self.down_proj = RowLinear(channels, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [T, hidden] to [T, hidden]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, tokens: int) -> Tensor:
+        """Map ``x`` [T, hidden], as it is outside a tensor-parallel region, to the same shape. ``tokens`` is T of the whole pack."""
+        x = self.tp.enter(x, tokens)
+        return self.tp.leave(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))

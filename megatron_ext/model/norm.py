@@ -40,11 +40,18 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """``rms_norm`` with a learned scale."""
+    """``rms_norm`` with a learned scale.
 
-    def __init__(self, size: int, eps: float) -> None:
+    Args:
+        size: width of what is normalised.
+        eps: added to the mean square.
+        partial: each tensor-parallel rank normalises other vectors, so that their gradients of the scale must be summed.
+    """
+
+    def __init__(self, size: int, eps: float, partial: bool = False) -> None:
         super().__init__()
         self.eps = eps
+        self.partial = partial
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -130,4 +130,4 @@ def test_the_logits_of_a_pack_never_exist_at_once(monkeypatch: pytest.MonkeyPatc
     whole = 2048 * 512 * 4
     assert largest_temporary(lambda: plain(*arguments)) >= whole
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", {"cpu": 1})
-    assert largest_temporary(lambda: loss_module._LinearCrossEntropy.apply(*arguments)) <= whole // 4
+    assert largest_temporary(lambda: loss_module.linear_cross_entropy(*arguments)) <= whole // 4

@@ -1,0 +1,100 @@
+"""Some ranks of the world and their collectives, each of which counts what it sends."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor
+
+SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
+# torch 2.13 renames both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass
+class Traffic:
+    """Bytes sent by one rank, by (axis, collective): what a bandwidth-optimal algorithm sends, as the docstrings of ``Group`` say."""
+
+    sent: Counter[tuple[str, str]] = field(default_factory=Counter)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to each other, as one of them sees them. In a group of one, and for a tensor without elements, nothing is sent.
+
+    In the formulas, n is the size of the group and B the bytes of the argument.
+    """
+
+    axis: str
+    """What the group is for: ``tp``, ``dp``, ``pp``, ``replicas``, ``block``."""
+    ranks: tuple[int, ...]
+    """Global ranks, in order."""
+    rank: int
+    """This rank's place in ``ranks``."""
+    handle: dist.ProcessGroup | None
+    """None in a group of one."""
+    traffic: Traffic
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
+        """Reduce in place over all ranks, equal bits on each; returns ``tensor``. Sends 2 B (n - 1) / n."""
+        if self.size > 1 and tensor.numel():
+            self._count("all_reduce", 2 * (self.size - 1) * tensor.nbytes // self.size)
+            dist.all_reduce(tensor, op, group=self.handle)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks, of one shape [m, ...], one after another [n m, ...]. Sends (n - 1) B."""
+        if self.size == 1:
+            return tensor
+        whole = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        if not whole.numel():
+            return whole
+        self._count("all_gather", (self.size - 1) * tensor.nbytes)
+        _all_gather(whole, tensor.contiguous(), group=self.handle)
+        return whole
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """Sum of ``tensor`` [n m, ...] over the ranks, of which each gets its m rows. Sends B (n - 1) / n."""
+        if self.size == 1:
+            return tensor
+        part = tensor.new_empty(len(tensor) // self.size, *tensor.shape[1:])
+        if not part.numel():
+            return part
+        self._count("reduce_scatter", (self.size - 1) * tensor.nbytes // self.size)
+        _reduce_scatter(part, tensor.contiguous(), group=self.handle)
+        return part
+
+    def start_reduce(self, tensor: Tensor, owner: int) -> dist.Work | None:
+        """Begin to sum ``tensor`` in place into rank ``owner`` of the group; ``wait`` ends it. Sends B (n - 1) / n in the mean."""
+        if self.size == 1:
+            return None
+        self._count("reduce", (self.size - 1) * tensor.nbytes // self.size)
+        return dist.reduce(tensor, dst=self.ranks[owner], group=self.handle, async_op=True)
+
+    def start_broadcast(self, tensor: Tensor, owner: int) -> dist.Work | None:
+        """Begin to copy ``tensor`` of rank ``owner`` of the group into that of every rank. Sends B (n - 1) / n in the mean."""
+        if self.size == 1:
+            return None
+        self._count("broadcast", (self.size - 1) * tensor.nbytes // self.size)
+        return dist.broadcast(tensor, src=self.ranks[owner], group=self.handle, async_op=True)
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send to rank ``to`` of the group, which receives. Sends B."""
+        self._count("send", tensor.nbytes)
+        dist.send(tensor.contiguous(), self.ranks[to], group=self.handle)
+
+    def receive(self, tensor: Tensor, source: int) -> Tensor:
+        """Fill ``tensor`` with what rank ``source`` of the group sends; returns it."""
+        dist.recv(tensor, self.ranks[source], group=self.handle)
+        return tensor
+
+    def _count(self, collective: str, sent: int) -> None:
+        self.traffic.sent[self.axis, collective] += sent
+        self.traffic.calls[self.axis, collective] += 1
