@@ -15,3 +15,7 @@ class DataError(MegatronExtError, ValueError):
 
 class CheckpointError(MegatronExtError, RuntimeError):
     """A checkpoint that cannot be written, or is missing, incomplete or altered."""
+
+
+class ReplicaError(MegatronExtError):
+    """Ranks that must hold the same values do not."""

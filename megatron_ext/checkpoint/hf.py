@@ -1,21 +1,22 @@
 """Weights in Hugging Face directories: config.json and safetensors, one file or many. Pickled weights are never read."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ext.atomic_io import fsync_directory, fsync_file, write_json
+from megatron_ext.atomic_io import write_json
 from megatron_ext.checkpoint.hf_config import config_from_hf, config_to_hf
+from megatron_ext.checkpoint.tensor_file import write_tensors
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT, parameter_shapes
+from megatron_ext.model.placements import parameter_boxes
+from megatron_ext.parallel.placement import slices, whole_box
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,21 +46,28 @@ def load_hf_config(directory: str | Path) -> ModelConfig:
 def load_hf_weights(model: GPT, directory: str | Path) -> None:
     """Copy the weights of a Hugging Face directory into ``model`` (not on the meta device), cast to its dtype, a tensor at a time.
 
-    Everything is checked before the first value changes: raises CheckpointError naming the tensor or file for anything missing,
-    unexpected, of another shape or not floating-point, and for pickled weights.
+    Of a model that holds only a part, only that part is read. Everything is checked before the first value changes: raises
+    CheckpointError naming the tensor or file for anything missing, unexpected, of another shape or not floating-point, and for pickled
+    weights.
     """
-    parameters = dict(model.named_parameters())
+    files, boxes = _checked_files(directory, model.config), parameter_boxes(model)
     with torch.no_grad():
-        for name, tensor in read_hf_tensors(directory, model.config):
-            parameters[name].copy_(tensor)
+        for name, parameter in model.named_parameters():
+            shape, box = boxes[name]
+            with safe_open(files[name], framework="pt") as file:
+                parameter.copy_(file.get_slice(name)[slices(box, whole_box(shape))])
 
 
 def read_hf_tensors(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every parameter of ``config``, in the order of the model, read one at a time; errors as ``load_hf_weights``."""
-    shapes = parameter_shapes(config)
+    return _stream(_checked_files(directory, config), parameter_shapes(config))
+
+
+def _checked_files(directory: str | Path, config: ModelConfig) -> dict[str, Path]:
+    """The file of each parameter of ``config``; errors as ``load_hf_weights``."""
     files = _locate(Path(directory), tied=config.tie_embeddings)
-    _check(files, shapes)
-    return _stream(files, shapes)
+    _check(files, parameter_shapes(config))
+    return files
 
 
 def save_hf(
@@ -117,18 +125,6 @@ def shard_index(plan: list[list[str]], sizes: Mapping[str, int]) -> dict[str, An
     return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file that appears whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(dict(tensors), beside, metadata=dict(metadata))
-        fsync_file(beside)
-        os.replace(beside, path)
-        fsync_directory(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _write_shards(
     tensors: Iterable[tuple[str, Tensor]],
     shapes: Mapping[str, torch.Size],
@@ -149,7 +145,7 @@ def _write_shards(
         number = shard_of[name]
         waiting[number][name] = tensor.detach().to("cpu", dtype).contiguous()
         if len(waiting[number]) == len(plan[number]):
-            write_safetensors(directory / files[number], waiting[number], {"format": "pt"})
+            write_tensors(directory / files[number], waiting[number])
             waiting[number].clear()
     if missing:
         raise CheckpointError(f"tensors are missing: {_some(missing)}")

@@ -6,8 +6,8 @@ from typing import Any
 from megatron_ext.checkpoint.directory import latest, saved_steps
 from megatron_ext.checkpoint.manifest import damaged_files, read_state
 from megatron_ext.checkpoint.optimizer_state import OwnedStateReader
+from megatron_ext.checkpoint.save import SavedOptimizer
 from megatron_ext.errors import CheckpointError
-from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.world import World
 
 
@@ -70,20 +70,27 @@ def _offer(candidates: list[Path]) -> str:
     return ". There is no older whole checkpoint"
 
 
-def load_optimizer(directory: Path, optimizer: ShardedOptimizer) -> None:
-    """Restore master weights and moments, and from them the parameters of all ranks.
+def load_optimizer(directory: Path, optimizer: SavedOptimizer, world: World) -> None:
+    """Restore master weights and moments, and from them the parameters of all ranks, whatever the grid that saved them.
 
     Raises:
         CheckpointError: the parameters of the checkpoint are not those of the model.
     """
     reader = OwnedStateReader(directory)
-    saved, rows = reader.rows, optimizer.parameter_rows
-    if saved.keys() != rows.keys():
-        missing, unexpected = sorted(rows.keys() - saved.keys())[:3], sorted(saved.keys() - rows.keys())[:3]
+    saved = reader.shapes
+    shapes = {name: placement.shape for name, placement in optimizer.placements.items()}
+    held = {name for names in world.gather(sorted(shapes)) for name in names}
+    if saved.keys() != held:
+        missing, unexpected = sorted(held - saved.keys())[:3], sorted(saved.keys() - held)[:3]
         raise CheckpointError(
             f"{directory}: the checkpoint is of another model: it lacks {missing} and has {unexpected} (first three of each)"
         )
-    for name, count in rows.items():
-        if saved[name] != count:
-            raise CheckpointError(f"{directory}: {name} has {saved[name]} rows in the checkpoint, {count} in the model")
+    wrong = [
+        f"{name} is {list(saved[name])} in the checkpoint, {list(shape)} in the model"
+        for name, shape in shapes.items()
+        if saved[name] != shape
+    ]
+    problems = [problem for problems in world.gather(wrong) for problem in problems]
+    if problems:
+        raise CheckpointError(f"{directory}: {problems[0]}")
     optimizer.load_owned_state(reader)

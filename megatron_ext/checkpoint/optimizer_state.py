@@ -1,65 +1,76 @@
-"""Master weights and moments on disk, indexed by (name, rows) and never by rank.
+"""Master weights and moments on disk, indexed by (name, box) and never by rank.
 
-``optimizer/owned-*.safetensors`` hold tensors named ``<parameter>|<kind>|<start>:<stop>``; ``optimizer/index.json`` says which file has
-which rows. Any rank of any later run reads just the rows that it owns then.
+``optimizer/owned-*.safetensors`` hold tensors named ``<parameter>|<kind>|<start>:<stop>,...``, a range for each dimension of the whole
+parameter; ``optimizer/index.json`` says which file has which boxes. Any rank of any later run, on any grid, reads just the boxes that it
+owns then.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_ext.checkpoint.tensor_file import tensor_file
 from megatron_ext.errors import CheckpointError
-from megatron_ext.optim.ownership import OwnedRows
+from megatron_ext.optim.ownership import OwnedBox
+from megatron_ext.parallel.placement import Box, box_shape, intersection, slices
 
 FOLDER = "optimizer"
 INDEX = "index.json"
-OwnedState = tuple[OwnedRows, dict[str, torch.Tensor]]
+FORMAT = 2
+OwnedState = tuple[OwnedBox, dict[str, torch.Tensor]]
 
 
 def write_owned(state: Iterable[OwnedState], directory: Path, rank: int, size: int) -> tuple[str | None, list[dict[str, Any]]]:
-    """Write the rows that one rank owns.
+    """Write the parts that one rank saves.
 
     Args:
-        state: rows with their tensors by kind: row blocks (``master`` and moments) and scalars (``step``).
+        state: parts with their tensors by kind: of the shape of the part (``master`` and moments) or scalars (``step``).
         directory: of the checkpoint.
         rank: number of this file among ``size``.
 
     Returns:
-        The file's path relative to ``directory`` (None if the rank owns nothing), and its entries for the index.
+        The file's path relative to ``directory`` (None if the rank saves nothing), and its entries for the index.
     """
-    tensors: dict[str, torch.Tensor] = {}
     entries = []
-    file = f"{FOLDER}/owned-{rank + 1:05d}-of-{size:05d}.safetensors"
-    for rows, values in state:
+    name = f"{FOLDER}/owned-{rank + 1:05d}-of-{size:05d}.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    for part, values in state:
         blocks = {kind: t for kind, t in values.items() if t.shape == values["master"].shape}
         scalars = {kind: t.item() for kind, t in values.items() if kind not in blocks}
-        for kind, tensor in blocks.items():
-            tensors[_key(rows.name, kind, rows.start, rows.stop)] = tensor.detach().cpu().contiguous()
-        entries.append({"name": rows.name, "rows": [rows.start, rows.stop], "file": file, "kinds": sorted(blocks), "scalars": scalars})
+        tensors |= {_key(part.name, kind, part.box): tensor for kind, tensor in blocks.items()}
+        box = [list(bounds) for bounds in part.box]
+        entries.append({"name": part.name, "box": box, "file": name, "kinds": sorted(blocks), "scalars": scalars})
     if not entries:
         return None, []
-    save_file(tensors, directory / file)
-    return file, entries
+    with tensor_file(directory / name, {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}) as write:
+        for tensor in tensors.values():
+            write(tensor)
+    return name, entries
 
 
-def index_of(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Contents of ``optimizer/index.json`` from the entries of all ranks."""
-    parameters: dict[str, list[dict[str, Any]]] = {}
+def index_of(entries: Iterable[dict[str, Any]], shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """Contents of ``optimizer/index.json``.
+
+    Args:
+        entries: of all ranks.
+        shapes: of the whole parameters, by name.
+    """
+    parameters: dict[str, dict[str, Any]] = {name: {"shape": shape, "parts": []} for name, shape in shapes.items()}
     for entry in entries:
-        parameters.setdefault(entry["name"], []).append({key: value for key, value in entry.items() if key != "name"})
-    return {"format": 1, "parameters": parameters}
+        parameters[entry["name"]]["parts"].append({key: value for key, value in entry.items() if key != "name"})
+    return {"format": FORMAT, "parameters": parameters}
 
 
 class OwnedStateReader:
-    """Reads any rows of any parameter from a checkpoint's ``optimizer/`` folder.
+    """Reads any box of any parameter from a checkpoint's ``optimizer/`` folder, and no more than that.
 
     Raises:
-        CheckpointError: on construction and on reading, if the index or a file is unusable or rows are missing.
+        CheckpointError: on construction and on reading, if the index or a file is unusable or values are missing.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -69,43 +80,57 @@ class OwnedStateReader:
             index = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
-        if index.get("format") != 1:
-            raise CheckpointError(f"{path}: format is {index.get('format')!r}; this version reads 1")
-        self._parameters: dict[str, list[dict[str, Any]]] = index["parameters"]
+        if index.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format is {index.get('format')!r}; this version reads {FORMAT}")
+        self._parameters: dict[str, dict[str, Any]] = index["parameters"]
 
     @property
-    def rows(self) -> dict[str, int]:
-        """Rows of each parameter of the checkpoint, by name."""
-        return {name: max(entry["rows"][1] for entry in entries) for name, entries in self._parameters.items()}
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each whole parameter of the checkpoint, by name."""
+        return {name: torch.Size(parameter["shape"]) for name, parameter in self._parameters.items()}
 
-    def __call__(self, rows: OwnedRows) -> dict[str, torch.Tensor]:
-        """Tensors of these rows by kind, and scalars as tensors without dimensions."""
-        parts = [
-            (entry, max(rows.start, entry["rows"][0]), min(rows.stop, entry["rows"][1])) for entry in self._parameters.get(rows.name, [])
-        ]
-        parts = sorted((part for part in parts if part[1] < part[2]), key=lambda part: part[1])
-        if sum(stop - start for _, start, stop in parts) != rows.stop - rows.start:
-            raise CheckpointError(f"{self._directory / FOLDER}: rows {rows.start} to {rows.stop} of {rows.name} are not all there")
-        values = {
-            kind: _joined([self._read(entry, rows.name, kind, start, stop) for entry, start, stop in parts])
-            for kind in parts[0][0]["kinds"]
-        }
-        return values | {kind: torch.tensor(value) for kind, value in parts[0][0]["scalars"].items()}
+    def __call__(self, wanted: OwnedBox) -> dict[str, torch.Tensor]:
+        """Tensors of this box by kind, and scalars as tensors without dimensions."""
+        found = []
+        for part in self._parameters.get(wanted.name, {"parts": []})["parts"]:
+            box = tuple((start, stop) for start, stop in part["box"])
+            if (shared := intersection(box, wanted.box)) is not None:
+                found.append((part, box, shared))
+        if sum(_volume(shared) for _, _, shared in found) != _volume(wanted.box):
+            ranges = _ranges(wanted.box) or "all"
+            raise CheckpointError(f"{self._directory / FOLDER}: {wanted.name}[{ranges}] is not there, each value exactly once")
+        first = found[0][0]
+        values = {kind: self._assemble(wanted, kind, found) for kind in first["kinds"]}
+        return values | {kind: torch.tensor(value) for kind, value in first["scalars"].items()}
 
-    def _read(self, entry: dict[str, Any], name: str, kind: str, start: int, stop: int) -> torch.Tensor:
-        first, last = entry["rows"]
-        path = self._directory / entry["file"]
+    def _assemble(self, wanted: OwnedBox, kind: str, found: list[tuple[dict[str, Any], Box, Box]]) -> torch.Tensor:
+        whole: torch.Tensor | None = None
+        for part, box, shared in found:
+            values = self._read(part, wanted.name, kind, box, shared)
+            if len(found) == 1:
+                return values
+            whole = torch.empty(box_shape(wanted.box), dtype=values.dtype) if whole is None else whole
+            whole[slices(shared, wanted.box)] = values
+        assert whole is not None, "found parts cover the wanted box"
+        return whole
+
+    def _read(self, part: dict[str, Any], name: str, kind: str, box: Box, shared: Box) -> torch.Tensor:
+        path = self._directory / part["file"]
         try:
             with safe_open(path, framework="pt") as file:
-                saved = file.get_slice(_key(name, kind, first, last))
-                return saved[start - first : stop - first] if saved.get_shape() else saved[...]
+                saved = file.get_slice(_key(name, kind, box))
+                return saved[slices(shared, box)] if box else saved[...]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {name} ({kind}): {error}") from error
 
 
-def _joined(blocks: list[torch.Tensor]) -> torch.Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+def _volume(box: Box) -> int:
+    return math.prod(stop - start for start, stop in box)
 
 
-def _key(name: str, kind: str, start: int, stop: int) -> str:
-    return f"{name}|{kind}|{start}:{stop}"
+def _ranges(box: Box) -> str:
+    return ",".join(f"{start}:{stop}" for start, stop in box)
+
+
+def _key(name: str, kind: str, box: Box) -> str:
+    return f"{name}|{kind}|{_ranges(box)}"

@@ -1,8 +1,8 @@
 """What a run is: typed schema, YAML file, dotted command-line overrides, clear errors."""
 
-from megatron_ext.config.deepspeed import deepspeed_config
+from megatron_ext.config.deepspeed import deepspeed_config, monitor_config
 from megatron_ext.config.load import dump_config, load_config
 from megatron_ext.config.schema import RunConfig, total_steps
 from megatron_ext.config.summary import summary
 
-__all__ = ["RunConfig", "deepspeed_config", "dump_config", "load_config", "summary", "total_steps"]
+__all__ = ["RunConfig", "deepspeed_config", "dump_config", "load_config", "monitor_config", "summary", "total_steps"]

@@ -9,7 +9,7 @@ from megatron_ext.option_rules import OptionError, Problem, one_of, shown
 _STEP = "set by data.tokens_per_step and planning.tokens_per_pack, which make the packs of a step"
 _GRADIENTS = "decided here: gradients are summed in float32 and reduced to the ranks that own their master weights"
 _ORDER = "set by data: sources, weights and order"
-_LAYOUT = "decided by the launcher: every rank is a data-parallel rank"
+_LAYOUT = "set by parallel; what is left of the launcher's ranks is data parallel"
 
 OWNED: Mapping[str, str] = MappingProxyType(
     {
@@ -25,9 +25,9 @@ OWNED: Mapping[str, str] = MappingProxyType(
         "fp16": "set by train.dtype",
         "torch_autocast": "set by train.dtype",
         "data_types": "set by train.dtype",
-        "zero_optimization": "decided here: every rank owns a part of the master weights and moments, so the stage is 0",
-        "zero_allow_untested_optimizer": "decided here: the stage of ZeRO is 0",
-        "zero_force_ds_cpu_optimizer": "decided here: the stage of ZeRO is 0",
+        "zero_optimization": "set by optimizer.sharding",
+        "zero_allow_untested_optimizer": "set by optimizer.sharding",
+        "zero_force_ds_cpu_optimizer": "set by optimizer.sharding",
         "prescale_gradients": _GRADIENTS,
         "gradient_predivide_factor": _GRADIENTS,
         "gradient_allreduce_op": _GRADIENTS,
@@ -70,6 +70,10 @@ PASSED_THROUGH = (
     "weight_quantization",
 )
 """Keys that DeepSpeed 0.19 reads and nothing here decides. DeepSpeed ignores a key that it does not know, so a slip is caught here."""
+
+
+MONITORS = ("tensorboard", "comet", "csv_monitor", "wandb")
+"""Keys of sections that say where events are written."""
 
 
 def check_deepspeed_section(section: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ class TrainOptions:
     """Of parameters and activations: ``bfloat16``, ``float32``, ``float64``; ``auto``: bfloat16 where the device is fast at it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: nothing, all but matrix products and attention, or each whole block."""
+    check_replicas_every: int | None = 100
+    """Compare the parameters of ranks that must hold the same every this many steps, and stop if they differ; null: never."""
     threads_per_rank: int | None = None
     """CPU threads of a rank; null: the cores of the machine divided by its ranks."""
 
@@ -28,6 +30,12 @@ class TrainOptions:
             (len(given) < 2, "tokens", self.tokens, f"null, because steps is set ({self.steps}); exactly one of the two"),
             (self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1"),
             (self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1"),
+            (
+                self.check_replicas_every is None or self.check_replicas_every >= 1,
+                "check_replicas_every",
+                self.check_replicas_every,
+                "a number of steps, at least 1, or null",
+            ),
             (self.threads_per_rank is None or self.threads_per_rank >= 1, "threads_per_rank", self.threads_per_rank, "at least 1, or null"),
         )
 

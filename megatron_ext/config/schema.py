@@ -11,6 +11,7 @@ from megatron_ext.data.options import DataOptions
 from megatron_ext.model.options import ModelOptions
 from megatron_ext.optim.options import OptimizerOptions, ScheduleOptions
 from megatron_ext.option_rules import require
+from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.planning.options import PlanningOptions
 
 
@@ -27,6 +28,7 @@ class RunConfig(BaseModel):
     """Directory of a Hugging Face tokenizer; null: that of ``model.init_from``."""
     model: ModelOptions = Field(default_factory=ModelOptions)
     data: DataOptions
+    parallel: ParallelOptions = Field(default_factory=ParallelOptions)
     planning: PlanningOptions = Field(default_factory=PlanningOptions)
     optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = Field(default_factory=ScheduleOptions)

@@ -4,8 +4,8 @@ from megatron_ext.config.load import dump_config
 from megatron_ext.config.schema import RunConfig, total_steps
 
 
-def summary(config: RunConfig, world_size: int, parameters: int | None = None) -> str:
-    """Describe a run on ``world_size`` ranks in plain text; ``parameters`` is the model's size where it is known."""
+def summary(config: RunConfig, ranks: str, parameters: int | None = None) -> str:
+    """Describe a run in plain text; ``ranks`` names its grid, ``parameters`` is the model's size where it is known."""
     steps = total_steps(config)
     tokens = steps * config.data.tokens_per_step
     rows = {
@@ -15,7 +15,7 @@ def summary(config: RunConfig, world_size: int, parameters: int | None = None) -
         "sequence length": f"{config.data.sequence_length:,} tokens",
         "pack": f"{config.planning.tokens_per_pack or config.data.sequence_length:,} tokens at most",
         "parameters": "unknown before the model is read" if parameters is None else f"{parameters:,}",
-        "layout": f"{world_size} data-parallel rank{'s' if world_size != 1 else ''}, policy {config.planning.policy}",
+        "layout": f"{ranks}, policy {config.planning.policy}",
     }
     width = max(map(len, rows))
     return dump_config(config) + "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()) + "\n"

@@ -82,13 +82,23 @@ class ModelConfig:
         attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
         return attention + 3 * self.hidden_size * self.intermediate_size
 
-    def num_parameters(self) -> int:
-        """Number of trained values; a tied embedding counts once."""
+    @property
+    def block_parameters(self) -> int:
+        """Number of trained values of one block."""
         vectors = 2 * self.hidden_size
         vectors += 2 * self.head_dim if self.qk_norm else 0
         vectors += self.query_size + 2 * self.kv_size if self.qkv_bias else 0
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return embeddings + self.num_layers * (self._matrix_elements_per_layer + vectors) + self.hidden_size
+        return self._matrix_elements_per_layer + vectors
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Number of trained values of the embedding, and of an output head."""
+        return self.vocab_size * self.hidden_size
+
+    def num_parameters(self) -> int:
+        """Number of trained values; a tied embedding counts once."""
+        embeddings = self.embedding_parameters * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * self.block_parameters + self.hidden_size
 
     def flops_per_token(self, mean_context: float) -> float:
         """Floating-point operations of the matrix products of forward and backward, per token.

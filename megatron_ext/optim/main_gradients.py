@@ -12,23 +12,35 @@ class MainGradients:
     already float32 or float64 accumulate where autograd puts them.
 
     Args:
-        parameters: by name; hooks are put on those of lower precision.
+        parameters: by name; hooks are put on them.
+        on_final: called with a name when its gradient has been accumulated in all of the step's backward passes.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], on_final: Callable[[str], None] | None = None) -> None:
         self._parameters = dict(parameters)
         self._sums: dict[str, torch.Tensor] = {}
+        self._on_final = on_final
+        self._expected: int | None = None
+        self._accumulated = dict.fromkeys(self._parameters, 0)
         for name, parameter in self._parameters.items():
-            if parameter.dtype not in (torch.float32, torch.float64):
-                parameter.register_post_accumulate_grad_hook(self._hook(name))
+            parameter.register_post_accumulate_grad_hook(self._hook(name))
+
+    def expect(self, backwards: int | None) -> None:
+        """Begin a step of this many backward passes. Autograd adds up all uses of a parameter before it accumulates: once in each pass."""
+        self._expected = backwards
+        self._accumulated = dict.fromkeys(self._parameters, 0)
 
     def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
         def add(parameter: torch.Tensor) -> None:
-            if name in self._sums:
-                self._sums[name].add_(parameter.grad)
-            else:
-                self._sums[name] = parameter.grad.float()
-            parameter.grad = None
+            if parameter.dtype not in (torch.float32, torch.float64):
+                if name in self._sums:
+                    self._sums[name].add_(parameter.grad)
+                else:
+                    self._sums[name] = parameter.grad.float()
+                parameter.grad = None
+            self._accumulated[name] += 1
+            if self._accumulated[name] == self._expected and self._on_final is not None:
+                self._on_final(name)
 
         return add
 
@@ -38,11 +50,16 @@ class MainGradients:
         gradient = self._sums.get(name, parameter.grad)
         return torch.zeros_like(parameter, dtype=main_dtype(parameter.dtype)) if gradient is None else gradient
 
+    def release(self, name: str) -> None:
+        """Forget one gradient."""
+        self._sums.pop(name, None)
+        self._parameters[name].grad = None
+
     def clear(self) -> None:
         """Forget all gradients, at the end of a step."""
-        self._sums.clear()
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        for name in self._parameters:
+            self.release(name)
+        self.expect(None)
 
 
 def main_dtype(dtype: torch.dtype) -> torch.dtype:

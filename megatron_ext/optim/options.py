@@ -20,6 +20,11 @@ class OptimizerOptions:
     """Decoupled weight decay of matrices; norms and biases are not decayed."""
     clip_norm: float = 1.0
     """Largest global gradient norm before the update; 0 switches clipping off."""
+    sharding: Literal["whole_tensor", "zero1", "zero2", "zero3"] = "whole_tensor"
+    """``whole_tensor``: each rank owns some rows of the master weights and moments; ``zero1``, ``zero2`` (gradients too), ``zero3``
+    (parameters too): DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), for models that fit no other way."""
+    overlap_reduction: bool = True
+    """Send gradients to their owners while the rest of the last backward pass computes."""
 
     def __post_init__(self) -> None:
         require(

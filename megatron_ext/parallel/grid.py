@@ -1,6 +1,7 @@
 """The grid of ranks: pipeline x data x tensor, and every group that its lines make."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
@@ -57,19 +58,33 @@ def _divisors(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid as one rank sees it: its coordinates and the groups along its lines. Passed down, never global."""
+    """The grid as one rank sees it: its coordinates and the groups along its lines. Passed down, never global.
+
+    A rank creates only the groups that it belongs to (``use_local_synchronization``), but every rank as many as every other, alone where
+    it has no others: torch 2.13 names such a group after the number of groups that its member has, and members that disagree about the
+    name wait for each other forever. So all ranks ask for new groups in one order, and groups of a kind are made for all ranks at once;
+    and none is given back before the process ends, because the next would get its name and meet what it left in the store.
+
+    Args:
+        world: the ranks.
+        shape: sizes of the axes.
+        kv_copies: tensor-parallel neighbours that hold the same key/value head.
+    """
 
     world: World
     shape: GridShape
+    kv_copies: int = 1
     traffic: Traffic = field(default_factory=Traffic)
-    _groups: dict[tuple[str, tuple[int, ...]], Group] = field(default_factory=dict, repr=False)
-    """Groups of this rank that exist, by axis and ranks."""
+    _divisions: dict[tuple[int, ...], Group] = field(default_factory=dict, repr=False)
+    """This rank's group of every division of the world, by the first rank of each rank's group."""
 
     def __post_init__(self) -> None:
-        """Make the groups of the axes at once, in one order on all ranks: two that waited for different groups would wait forever."""
         assert self.shape.size == self.world.size, "the shape was made for this world"
-        for group in (self.tp, self.dp, self.pp):
-            assert self.world.rank in group.ranks
+        self._divide("tp", lambda p, d, t: (p, d))
+        self._divide("dp", lambda p, d, t: (p, t))
+        self._divide("pp", lambda p, d, t: (d, t))
+        self._divide("ends", lambda p, d, t: (d, t, p if 0 < p < self.shape.pp - 1 else None))
+        self._divide("kv", lambda p, d, t: (p, d, t // self.kv_copies))
 
     @property
     def stage(self) -> int:
@@ -104,23 +119,28 @@ class Grid:
         p, d, _ = self.shape.coordinates(self.world.rank)
         return self.group("tp", tuple(self.shape.rank(p, d, t) for t in range(self.shape.tp)))
 
-    def block(self, first: int, degree: int) -> Group:
-        """Data ranks ``first`` to ``first + degree`` of this rank's line: a power of two of them, aligned, this rank included."""
-        aligned = degree & (degree - 1) == 0 and first % degree == 0 and first + degree <= self.shape.dp
-        assert aligned, "the plan has aligned power-of-two blocks"
-        p, _, t = self.shape.coordinates(self.world.rank)
-        return self.group("block", tuple(self.shape.rank(p, d, t) for d in range(first, first + degree)))
+    def block(self, degree: int) -> Group | None:
+        """The aligned block of ``degree`` data ranks, a power of two, that this rank is in; None where dp ends before the block does.
+
+        All ranks ask for a degree when any of them does; it is made when they first do. Over all degrees there are 2 dp - 1 blocks on each
+        line if dp is a power of two, and each rank is in log2 dp + 1 of them.
+        """
+        assert degree & (degree - 1) == 0, "blocks are powers of two"
+        full = self.shape.dp // degree * degree
+        block = self._divide("block", lambda p, d, t: (p, t, d // degree if d < full else -1 - d))
+        return block if block.size == degree else None
 
     def group(self, axis: str, ranks: tuple[int, ...]) -> Group:
-        """The group of ``ranks``, this one included. All of them must ask for it; it is made when they first do."""
-        if (axis, ranks) not in self._groups:
-            handle = None if len(ranks) == 1 else dist.new_group(list(ranks), use_local_synchronization=True)
-            self._groups[axis, ranks] = Group(axis, ranks, ranks.index(self.world.rank), handle, self.traffic)
-        return self._groups[axis, ranks]
+        """The existing group of ``ranks``, this one included, whose traffic is to be counted under ``axis``."""
+        return next(replace(group, axis=axis) for group in self._divisions.values() if group.ranks == ranks)
 
-
-def blocks_of(data_rank: int, dp: int) -> list[tuple[int, int]]:
-    """(first data rank, degree) of every full aligned power-of-two block of ``dp`` data ranks that contains ``data_rank``."""
-    degrees = [1 << power for power in range(dp.bit_length())]
-    blocks = [(data_rank // degree * degree, degree) for degree in degrees]
-    return [(first, degree) for first, degree in blocks if first + degree <= dp]
+    def _divide(self, axis: str, key: Callable[[int, int, int], Hashable]) -> Group:
+        """Divide the world into groups of ranks whose coordinates (pp, dp, tp) have equal keys; returns this rank's."""
+        keys = [key(*self.shape.coordinates(rank)) for rank in range(self.world.size)]
+        division = tuple(keys.index(each) for each in keys)
+        ranks = tuple(rank for rank, first in enumerate(division) if first == division[self.world.rank])
+        if division not in self._divisions:
+            anyone_has_others = len(set(keys)) < self.world.size
+            handle = dist.new_group(list(ranks), use_local_synchronization=True) if anyone_has_others else None
+            self._divisions[division] = Group(axis, ranks, ranks.index(self.world.rank), handle, self.traffic)
+        return self._divisions[division]

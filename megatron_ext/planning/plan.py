@@ -52,6 +52,25 @@ class Plan:
         """The packs that ``rank`` computes, in order."""
         return [pack for pack in self.packs if rank in pack.ranks]
 
+    def rounds_of(self, rank: int, at_least: int = 0) -> list[Pack]:
+        """As ``packs_of``, with as many packs for every rank: those without work get packs of no tokens.
+
+        A pack of several ranks has the same place in the lists of all of them, so that ranks that go through the lists in step, as the
+        stages of a pipeline do, meet in its collectives.
+
+        Args:
+            rank: whose list.
+            at_least: fewest packs.
+        """
+        free = [0] * self.num_ranks
+        places: list[int] = []
+        for pack in self.packs:
+            places.append(max(free[member] for member in pack.ranks))
+            for member in pack.ranks:
+                free[member] = places[-1] + 1
+        mine = {place: pack for place, pack in zip(places, self.packs, strict=True) if rank in pack.ranks}
+        return [mine.get(place, Pack(rank, 1, ())) for place in range(max([at_least, *free]))]
+
     def fill(self, tokens_per_pack: int) -> float:
         """Tokens of the plan as a share of the capacity of its packs."""
         capacity = sum(tokens_per_pack * pack.degree for pack in self.packs)

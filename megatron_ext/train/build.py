@@ -17,11 +17,16 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.varlen_attention import select_backend
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
+from megatron_ext.model.placements import placements
 from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.device import choose_dtype
+from megatron_ext.parallel.grid import Grid, grid_shape
+from megatron_ext.parallel.pipeline import balanced, stages
+from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
+from megatron_ext.train.layer_times import measure_layers
 from megatron_ext.train.sources import build_mixture
 
 
@@ -84,14 +89,26 @@ def _model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig
     return load_hf_config(config.model.init_from)
 
 
-def build_model(setup: Setup, world: World) -> tuple[GPT, dict[str, str]]:
-    """The model on this rank's device with its first weights, and what was chosen for it and why, for the banner."""
-    config = setup.config
-    dtype, why_dtype = choose_dtype(config.train.dtype, world.device)
-    attention, why_attention = select_backend(config.model.attention, world.device, dtype, setup.model.head_dim)
+def build_grid(setup: Setup, world: World) -> Grid:
+    """The grid of a run's ranks.
+
+    Raises:
+        ConfigError: before any group exists, if the ranks cannot be divided as the configuration says.
+    """
+    shape = grid_shape(setup.config.parallel, world.size)
+    return Grid(world, shape, kv_copies=max(1, shape.tp // setup.model.num_kv_heads))
+
+
+def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
+    """This rank's part of the model on its device with its first weights, and what was chosen for it and why, for the banner."""
+    config, device = setup.config, grid.world.device
+    dtype, why_dtype = choose_dtype(config.train.dtype, device)
+    attention, why_attention = select_backend(config.model.attention, device, dtype, setup.model.head_dim)
+    layers, why_layers = layers_per_stage(setup, grid)
+    tp = TensorParallel(grid.tp, config.parallel.sequence_parallel_activations)
     with torch.device("meta"):
-        model = GPT(setup.model, attention, config.train.activation_checkpointing)
-    model.to_empty(device=world.device)
+        model = GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage])
+    model.to_empty(device=device)
     if config.model.init_from:
         load_hf_weights(model, config.model.init_from)
         origin = config.model.init_from
@@ -102,14 +119,28 @@ def build_model(setup: Setup, world: World) -> tuple[GPT, dict[str, str]]:
         "weights": origin,
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
         "attention": f"{attention} ({why_attention})",
+        **({"blocks per stage": f"{layers} ({why_layers})"} if grid.shape.pp > 1 else {}),
     }
     return model.to(dtype), chosen
 
 
-def build_optimizer(model: torch.nn.Module, options: OptimizerOptions, world: World) -> ShardedOptimizer:
+def layers_per_stage(setup: Setup, grid: Grid) -> tuple[list[int], str]:
+    """Number of blocks of each pipeline stage, and why."""
+    options, model = setup.config.parallel, setup.model
+    if options.layers_per_stage is not None:
+        return options.layers_per_stage, "parallel.layers_per_stage"
+    if options.partition == "time":
+        times = measure_layers(model, setup.tokens_per_pack, grid.world)
+        return balanced(model.num_layers, options.pp, times.block, times.embedding, times.head), f"balanced by measured time: {times}"
+    embedding = model.embedding_parameters
+    return balanced(model.num_layers, options.pp, model.block_parameters, embedding, embedding), "balanced by parameters"
+
+
+def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid) -> ShardedOptimizer:
     """AdamW on float32 master rows, each data rank owning its part."""
 
     def rule(owned: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
         return AdamW(decay_groups(owned, options.weight_decay), lr=options.lr, betas=tuple(options.betas), eps=options.eps)
 
-    return ShardedOptimizer(model.named_parameters(), rule, world, options.clip_norm)
+    where = placements(model, grid, model.config.tie_embeddings)
+    return ShardedOptimizer(dict(model.named_parameters()), where, rule, grid, options.clip_norm, options.overlap_reduction)

@@ -1,25 +1,18 @@
-"""One optimizer step on DeepSpeed's engine: forward and backward of this rank's packs, then the owner optimizer.
+"""One optimizer step, or one evaluation, by packs, whichever of DeepSpeed's engines is underneath."""
 
-Read from deepspeed 0.19.8: with ``managed_gradient_accumulation`` off, ``backward`` only accumulates and ``step`` is the caller's
-boundary; the all-reduce of gradients at that boundary is switched off by ``enable_backward_allreduce``, because the optimizer reduces
-each gradient to its owner. On a CPU, DeepSpeed would compile a shared-memory collective at start, for minutes and with a compiler that
-a user need not have; ``deepspeed.ops.__compatible_ops__`` says no to it. No other internal of DeepSpeed is touched.
-"""
-
-import logging
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import deepspeed
 import torch
-from deepspeed.utils import logger as deepspeed_logger
 
-from megatron_ext.data.batch import PackedBatch
+from megatron_ext.model.gpt import GPT
 from megatron_ext.optim.sharded import ShardedOptimizer
-from megatron_ext.parallel.device import collective_backend
-from megatron_ext.parallel.world import World
+from megatron_ext.parallel.grid import Grid
+from megatron_ext.planning import Pack, Plan
+from megatron_ext.train.losses import LossSums
+from megatron_ext.train.packs import Packs
+from megatron_ext.train.passes import WholePasses
+from megatron_ext.train.pipeline_passes import PipelinePasses
 
 
 @dataclass(frozen=True)
@@ -39,68 +32,71 @@ class StepResult:
         return float(self.loss_sums.sum() / self.loss_tokens.sum().clamp(min=1.0))
 
 
+class Passes(Protocol):
+    """Forward and backward of packs through the layers of this rank, on an engine of DeepSpeed."""
+
+    in_step: bool
+    """Every data rank must be given the same number of packs, at least one."""
+
+    def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
+        """Accumulate the gradients of the sum of losses over ``denominator``, then take the optimizer's step."""
+
+    def evaluate(self, packs: Packs, losses: LossSums) -> None:
+        """Compute the losses only."""
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds."""
+
+
 class Engine:
     """Trains a model by packs.
 
     Args:
-        model: takes ``PackedBatch.model_inputs``, returns (sum of weighted token losses, token losses).
-        optimizer: on the model's parameters.
-        world: the data ranks.
+        model: this rank's part of the model.
+        optimizer: on its parameters.
+        grid: the ranks.
         deepspeed_config: for ``deepspeed.initialize``.
         num_sources: number of sources that losses are told apart by.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, optimizer: ShardedOptimizer, world: World, deepspeed_config: dict[str, Any], num_sources: int
-    ) -> None:
-        _join_deepspeed(world)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False)
-        self._engine.enable_backward_allreduce = False
+    def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any], num_sources: int) -> None:
+        passes = PipelinePasses if grid.shape.pp > 1 else WholePasses
+        self._passes: Passes = passes(model, optimizer, grid, deepspeed_config)
+        self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._optimizer = optimizer
-        self._world = world
+        self.grid = grid
         self._num_sources = num_sources
 
-    def step(self, packs: Iterable[PackedBatch], step_loss_tokens: int, flags: torch.Tensor) -> StepResult:
+    def packs_of(self, plan: Plan) -> list[Pack]:
+        """What this rank computes of a plan."""
+        return plan.rounds_of(self.grid.dp.rank, at_least=1) if self._passes.in_step else plan.packs_of(self.grid.dp.rank)
+
+    def step(self, packs: Packs, step_loss_tokens: int, flags: torch.Tensor) -> StepResult:
         """Accumulate the gradients of ``packs`` and update.
 
         Args:
-            packs: of this rank; their number may differ between ranks and may be 0.
+            packs: of this rank, as ``packs_of`` says.
             step_loss_tokens: labelled tokens of the whole step over all ranks: the denominator of the loss.
             flags: float64 [n]: small values to be summed over the ranks on the way.
         """
-        sums = torch.zeros(2, self._num_sources, dtype=torch.float64)
-        for pack in packs:
-            batch = pack.to(self._world.device)
-            loss_sum, token_loss = self._engine(*batch.model_inputs)
-            self._engine.backward(loss_sum / max(1, step_loss_tokens), scale_wrt_gas=False)
-            sums += losses_by_source(batch, token_loss, self._num_sources)
-        self._engine.step()
-        total = self._world.sum(torch.cat([sums.flatten(), flags]))
-        by_source = total[: sums.numel()].view_as(sums)
-        return StepResult(by_source[0], by_source[1], self._optimizer.grad_norm, self._optimizer.overflow, total[sums.numel() :])
+        losses = LossSums(self._num_sources)
+        self._optimizer.expect_backwards(len(packs))
+        self._passes.train(packs, float(max(1, step_loss_tokens)), losses)
+        sums, flags = losses.over(self.grid, flags)
+        return StepResult(sums[0], sums[1], self._optimizer.grad_norm, self._optimizer.overflow, flags)
 
-    def write_monitors(self, events: list[tuple[str, float, int]]) -> None:
-        """Send (name, value, step) to the monitors that the DeepSpeed configuration enables."""
-        if self._engine.monitor.enabled:
-            self._engine.monitor.write_events(events)
+    def evaluate(self, packs: Packs) -> tuple[float, float]:
+        """Sum of the losses in nats of the packs of all ranks, and the number of their labelled tokens. ``packs`` as in ``step``."""
+        losses = LossSums(self._num_sources)
+        self._passes.evaluate(packs, losses)
+        sums, _ = losses.over(self.grid, torch.zeros(0, dtype=torch.float64))
+        loss, tokens = sums.sum(1).tolist()
+        return loss, tokens
+
+    def weight(self, name: str) -> torch.Tensor:
+        """This rank's part of a parameter, in the dtype of the model."""
+        return self._weights[name]
 
     def close(self) -> None:
         """Release what DeepSpeed holds."""
-        self._engine.destroy()
-
-
-def _join_deepspeed(world: World) -> None:
-    """Let DeepSpeed use the process group that exists."""
-    deepspeed_logger.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
-    deepspeed.init_distributed(collective_backend(world.device), auto_mpi_discovery=False, verbose=False)
-
-
-def losses_by_source(batch: PackedBatch, token_loss: torch.Tensor, num_sources: int) -> torch.Tensor:
-    """Sum of token losses and number of labelled tokens of each source, float64 [2, sources] on the CPU."""
-    weight = batch.loss_weight.double()
-    sums = torch.zeros(2, num_sources, dtype=torch.float64, device=weight.device)
-    sums[0].index_add_(0, batch.sources, token_loss.double() * weight)
-    sums[1].index_add_(0, batch.sources, weight)
-    return sums.cpu()
+        self._passes.close()

@@ -6,8 +6,9 @@ import torch.distributed as dist
 
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.config import RunConfig, dump_config, summary
+from megatron_ext.parallel.grid import grid_shape
 from megatron_ext.parallel.world import join_world, launched_ranks
-from megatron_ext.train.build import prepare
+from megatron_ext.train.build import build_grid, prepare
 from megatron_ext.train.sources import CONFIG_FILE
 from megatron_ext.train.stopping import forget_request
 from megatron_ext.train.trainer import Trainer
@@ -21,6 +22,7 @@ def pretrain(config: RunConfig) -> None:
         CheckpointError: a checkpoint cannot be read or written.
     """
     setup = prepare(config)
+    grid_shape(config.parallel, launched_ranks()[1])
     world = join_world(config.train.threads_per_rank)
     try:
         run_dir = Path(config.run_dir)
@@ -28,7 +30,7 @@ def pretrain(config: RunConfig) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             forget_request(run_dir)
         world.barrier()
-        trainer = Trainer(setup, world)
+        trainer = Trainer(setup, build_grid(setup, world))
         if world.is_main:
             with atomic_open(run_dir / CONFIG_FILE) as file:
                 file.write(dump_config(config))
@@ -41,7 +43,7 @@ def dry_run(config: RunConfig) -> str:
     """What a run would be: the resolved configuration, the token budget and the layout. Reads data and model shape, starts nothing."""
     setup = prepare(config)
     _, size = launched_ranks()
-    text = summary(config, size, setup.model.num_parameters())
+    text = summary(config, str(grid_shape(config.parallel, size)), setup.model.num_parameters())
     rows = []
     for corpus, share in zip(setup.mixture.corpora, setup.mixture.shares, strict=True):
         epochs = share * setup.token_budget / corpus.dataset.num_tokens

@@ -3,7 +3,7 @@
 import base64
 import platform
 import time
-from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,21 @@ import torch
 
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.checkpoint.save import CheckpointWriter
-from megatron_ext.config import deepspeed_config, total_steps
-from megatron_ext.data.batch import PackedBatch, read_pack
+from megatron_ext.config import deepspeed_config, monitor_config, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.errors import DataError
 from megatron_ext.optim.main_gradients import main_dtype
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
-from megatron_ext.parallel.world import World
+from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning import Plan, plan_step
 from megatron_ext.train.build import Setup, build_model, build_optimizer
 from megatron_ext.train.console import Console
 from megatron_ext.train.engine import Engine, StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.metrics import MetricsWriter, length_histogram
+from megatron_ext.train.monitors import Monitors
+from megatron_ext.train.packs import PlannedPacks
 from megatron_ext.train.stopping import StopRequest
 
 CHECKPOINTS = "checkpoints"
@@ -34,8 +35,8 @@ CHECKPOINTS = "checkpoints"
 class Trainer:
     """One run on all ranks. Made after the process group; ``train`` runs it from wherever it stands to its end or until it is stopped."""
 
-    def __init__(self, setup: Setup, world: World) -> None:
-        self.setup, self.world = setup, world
+    def __init__(self, setup: Setup, grid: Grid) -> None:
+        self.setup, self.grid, self.world = setup, grid, grid.world
         self.config = setup.config
         self.run_dir = Path(self.config.run_dir)
         self.total_steps = total_steps(self.config)
@@ -45,15 +46,16 @@ class Trainer:
         self.skipped_steps = 0
         self.stop = StopRequest(self.run_dir)
         self._check_same_data()
-        self.model, self.chosen = build_model(setup, world)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer, world)
+        self.model, self.chosen = build_model(setup, grid)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer, grid)
+        self.engine = Engine(self.model, self.optimizer, grid, deepspeed_config(self.config, grid.shape.dp), len(self.tokens_by_source))
+        self.monitors = Monitors(monitor_config(self.config))
         self.resumed_from = self._resume()
-        self.console = Console(world.is_main, self.total_steps)
-        self.metrics = MetricsWriter(self.run_dir, self.step, world.is_main)
-        self.engine = Engine(self.model, self.optimizer, world, deepspeed_config(self.config, world.size), len(self.tokens_by_source))
+        self.console = Console(self.world.is_main, self.total_steps)
+        self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
         self.checkpoints = CheckpointWriter(
             self.run_dir / CHECKPOINTS,
-            world,
+            grid,
             setup.hf_config(next(self.model.parameters()).dtype),
             setup.copy_tokenizer,
             self.config.checkpoint.keep_last,
@@ -89,20 +91,19 @@ class Trainer:
         pieces = self.setup.mixture.take(self.config.data.tokens_per_step)
         lengths = [len(piece) for piece in pieces]
         policy = self.config.planning.policy
-        plan = plan_step(lengths, self.world.size, tokens_per_pack=self.setup.tokens_per_pack, policy=policy)
+        plan = plan_step(lengths, self.grid.shape.dp, tokens_per_pack=self.setup.tokens_per_pack, policy=policy)
         self.step += 1
         lr = self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step, self.total_steps)
         self.optimizer.set_learning_rate(lr)
         asked = torch.tensor([float(self.stop.reason is not None)], dtype=torch.float64)
-        result = self.engine.step(self._packs(plan, pieces), sum(piece.loss_tokens for piece in pieces), asked)
+        packs = PlannedPacks(self.engine.packs_of(plan), pieces, self.setup.mixture.corpora, self.setup.model.vocab_size)
+        result = self.engine.step(packs, sum(piece.loss_tokens for piece in pieces), asked)
+        if self._due(self.config.train.check_replicas_every):
+            self.optimizer.check_replicas()
         synchronize(self.world.device)
         self.skipped_steps += result.skipped
         self._record(pieces, plan, result, lr, time.perf_counter() - begin)
         return bool(result.flags[0] > 0)
-
-    def _packs(self, plan: Plan, pieces: list[Piece]) -> Iterator[PackedBatch]:
-        for pack in plan.packs_of(self.world.rank):
-            yield read_pack(pack, pieces, self.setup.mixture.corpora, self.setup.model.vocab_size)
 
     def _record(self, pieces: list[Piece], plan: Plan, result: StepResult, lr: float, seconds: float) -> None:
         lengths = [len(piece) for piece in pieces]
@@ -133,7 +134,7 @@ class Trainer:
             "epochs": self.setup.mixture.epochs(),
         }
         self.metrics.write("train", **record)
-        self.engine.write_monitors([(f"train/{key}", record[key], self.step) for key in ("loss", "lr", "grad_norm", "tokens_per_second")])
+        self.monitors.write([(f"train/{key}", record[key], self.step) for key in ("loss", "lr", "grad_norm", "tokens_per_second")])
         self.console.count(step_tokens)
         if self._due(self.config.logging.every) or self.step in (1, self.total_steps):
             self.console.step_line(record, flops)
@@ -142,7 +143,7 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _evaluate(self) -> None:
-        results = evaluate(self.model, self.setup.validation, self.world, self.setup.tokens_per_pack, self.setup.model.vocab_size)
+        results = evaluate(self.engine, self.setup.validation, self.setup.tokens_per_pack, self.setup.model.vocab_size)
         for each in results:
             self.metrics.write(
                 "eval",
@@ -153,14 +154,14 @@ class Trainer:
                 loss=each.loss,
                 eval_tokens=each.tokens,
             )
-        self.engine.write_monitors([(f"{each.split}/{each.source}", each.loss, self.step) for each in results])
+        self.monitors.write([(f"{each.split}/{each.source}", each.loss, self.step) for each in results])
         if results:
             losses = ", ".join(f"{each.source} {each.loss:.4f}" for each in results)
             self.console.say(f"step {self.step}: {results[0].split} loss {losses}")
 
     def _save(self) -> None:
         begin = time.perf_counter()
-        path = self.checkpoints.save(self.step, self.model, self.optimizer, self._state())
+        path = self.checkpoints.save(self.step, self.engine.weight, self.optimizer, self._state())
         seconds = time.perf_counter() - begin
         self.metrics.write("event", event="checkpoint", step=self.step, path=str(path), seconds=seconds)
         self.console.say(f"saved {path} in {seconds:.1f} s")
@@ -177,7 +178,7 @@ class Trainer:
             "total_steps": self.total_steps,
             "data": self.setup.mixture.state_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-            "ranks": self.world.size,
+            "grid": asdict(self.grid.shape),
             "versions": _versions(),
         }
 
@@ -188,7 +189,7 @@ class Trainer:
             return None
         state = verify(path, self.world)
         self.setup.mixture.load_state_dict(state["data"], self.config.checkpoint.allow_changed_data)
-        load_optimizer(path, self.optimizer)
+        load_optimizer(path, self.optimizer, self.world)
         self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
         self.tokens_by_source |= {name: n for name, n in state["tokens_by_source"].items() if name in self.tokens_by_source}
         self.optimizer.updates = state["updates"]
@@ -203,7 +204,7 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Print the banner and write the start record."""
-        setup, ranks = self.setup, self.world.size
+        setup, shape = self.setup, self.grid.shape
         parameters = setup.model.num_parameters()
         entropy = {each.name: each.unigram_entropy() for each in setup.validation} if self.world.is_main else {}
         shares = zip(setup.mixture.corpora, setup.mixture.shares, strict=True)
@@ -211,9 +212,9 @@ class Trainer:
         self.console.say(f"megatron_ext {version('megatron_ext')}: {self.run_dir}")
         self.console.banner(
             {
-                "ranks": f"{ranks} data parallel, {describe(self.world.device)}",
+                "ranks": f"{shape.size}: {shape}, {describe(self.world.device)}",
                 "parameters": f"{parameters:,}",
-                "optimizer": f"AdamW on {self._master_dtype()} master weights, each rank owns about {parameters // ranks:,} parameters",
+                "optimizer": f"AdamW on {self._master_dtype()} master weights, about {parameters // shape.size:,} a rank",
                 "step": f"{self.config.data.tokens_per_step:,} tokens at most; {packs}",
                 "budget": f"{self.total_steps:,} steps, {setup.token_budget:,} tokens",
                 "data": ", ".join(f"{corpus.name} {share:.1%} ({corpus.dataset.num_tokens:,} tokens)" for corpus, share in shares),
@@ -227,7 +228,8 @@ class Trainer:
             step=self.step,
             tokens=self.tokens,
             run=self.run_dir.name,
-            ranks=ranks,
+            ranks=shape.size,
+            grid=asdict(shape),
             parameters=parameters,
             total_steps=self.total_steps,
             tokens_per_step=self.config.data.tokens_per_step,

@@ -10,10 +10,10 @@ import torch
 
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.errors import CheckpointError
-from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.world import World
-from tests.checkpoint.tiny_state import ALONE, CONFIG, trained, writer
+from tests.checkpoint.tiny_state import trained, weight_of, writer
 from tests.distributed import RankPools
+from tests.grids import ALONE, owner_optimizer
 
 FILES = [
     "model-00001-of-*.safetensors",
@@ -31,7 +31,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pristine")
     model, optimizer = trained()
     for step in (1, 2, 3):
-        writer(root, keep_last=3, max_shard_bytes=4000).save(step, model, optimizer, {"tokens": step})
+        writer(root, keep_last=3, max_shard_bytes=4000).save(step, weight_of(model), optimizer, {"tokens": step})
     return root
 
 
@@ -145,9 +145,9 @@ def test_all_ranks_refuse_what_one_of_them_finds(run_ranks: RankPools, root: Pat
 
 def test_a_checkpoint_of_another_model_is_refused(root: Path) -> None:
     wide = torch.nn.Linear(4, 4)
-    optimizer = ShardedOptimizer(wide.named_parameters(), lambda owned: torch.optim.AdamW([t for _, t in owned]), ALONE, 0.0)
+    optimizer = owner_optimizer(wide.named_parameters(), lambda owned: torch.optim.AdamW([t for _, t in owned]))
     with pytest.raises(CheckpointError, match=r"of another model: it lacks \['bias', 'weight'\] and has \['lm_head.weight'"):
-        load_optimizer(root / "step_00000003", optimizer)
+        load_optimizer(root / "step_00000003", optimizer, ALONE)
 
 
 def test_a_model_of_another_width_is_refused(root: Path) -> None:
@@ -155,20 +155,20 @@ def test_a_model_of_another_width_is_refused(root: Path) -> None:
         (name, torch.nn.Parameter(torch.zeros(*p.shape[:-1], p.shape[-1] + 1))) for name, p in trained()[0].named_parameters() if p.ndim > 1
     ]
     named += [(name, torch.nn.Parameter(torch.zeros(p.shape))) for name, p in trained()[0].named_parameters() if p.ndim == 1]
-    optimizer = ShardedOptimizer(named, lambda owned: torch.optim.AdamW([t for _, t in owned]), ALONE, 0.0)
-    with pytest.raises(CheckpointError, match=rf"rows of the checkpoint are \[{CONFIG.vocab_size}, 16\], of the model \[50, 17\]"):
-        load_optimizer(root / "step_00000003", optimizer)
+    optimizer = owner_optimizer(named, lambda owned: torch.optim.AdamW([t for _, t in owned]))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is \[50, 16\] in the checkpoint, \[50, 17\] in the model"):
+        load_optimizer(root / "step_00000003", optimizer, ALONE)
 
 
 def test_a_larger_vocabulary_is_refused(root: Path) -> None:
     named = [(name, torch.nn.Parameter(torch.zeros(p.shape[0] + 1, *p.shape[1:]))) for name, p in trained()[0].named_parameters()]
-    optimizer = ShardedOptimizer(named, lambda owned: torch.optim.AdamW([t for _, t in owned]), ALONE, 0.0)
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight has 50 rows in the checkpoint, 51 in the model"):
-        load_optimizer(root / "step_00000003", optimizer)
+    optimizer = owner_optimizer(named, lambda owned: torch.optim.AdamW([t for _, t in owned]))
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is \[50, 16\] in the checkpoint, \[51, 16\] in the model"):
+        load_optimizer(root / "step_00000003", optimizer, ALONE)
 
 
 def test_a_smaller_vocabulary_is_refused(root: Path) -> None:
     named = [(name, torch.nn.Parameter(torch.zeros(p.shape[0] - 1, *p.shape[1:]))) for name, p in trained()[0].named_parameters()]
-    optimizer = ShardedOptimizer(named, lambda owned: torch.optim.AdamW([t for _, t in owned]), ALONE, 0.0)
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight has 50 rows in the checkpoint, 49 in the model"):
-        load_optimizer(root / "step_00000003", optimizer)
+    optimizer = owner_optimizer(named, lambda owned: torch.optim.AdamW([t for _, t in owned]))
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is \[50, 16\] in the checkpoint, \[49, 16\] in the model"):
+        load_optimizer(root / "step_00000003", optimizer, ALONE)

@@ -1,5 +1,6 @@
 """A small model with an optimizer that has moments, and a writer for its checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.world import World
 from megatron_ext.train.build import build_optimizer
+from tests.grids import ALONE, data_grid
 
 CONFIG = ModelConfig(
     vocab_size=50,
@@ -24,7 +26,11 @@ CONFIG = ModelConfig(
     max_position=32,
     init_std=0.2,
 )
-ALONE = World(0, 1, torch.device("cpu"))
+
+
+def weight_of(model: GPT) -> Callable[[str], torch.Tensor]:
+    """What ``save`` asks for the weights."""
+    return dict(model.named_parameters()).__getitem__
 
 
 def trained(world: World = ALONE, dtype: torch.dtype = torch.float32, seed: int = 0, steps: int = 2) -> tuple[GPT, ShardedOptimizer]:
@@ -32,7 +38,7 @@ def trained(world: World = ALONE, dtype: torch.dtype = torch.float32, seed: int 
     model = GPT(CONFIG, "sdpa")
     model.reset_parameters(seed)
     model.to(dtype)
-    optimizer = build_optimizer(model, OptimizerOptions(lr=0.01), world)
+    optimizer = build_optimizer(model, OptimizerOptions(lr=0.01), data_grid(world))
     optimizer.set_learning_rate(0.01)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -51,5 +57,5 @@ def writer(
         (directory / "tokenizer.json").write_text('{"version": 1}', "utf-8")
 
     return CheckpointWriter(
-        root, world, config_to_hf(CONFIG, dtype=str(dtype).removeprefix("torch.")), copy_tokenizer, keep_last, max_shard_bytes
+        root, data_grid(world), config_to_hf(CONFIG, dtype=str(dtype).removeprefix("torch.")), copy_tokenizer, keep_last, max_shard_bytes
     )

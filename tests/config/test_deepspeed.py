@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from deepspeed.monitor.config import get_monitor_config
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-from megatron_ext.config import RunConfig, deepspeed_config
+from megatron_ext.config import RunConfig, deepspeed_config, monitor_config
 from megatron_ext.config.deepspeed_keys import OWNED, PASSED_THROUGH
 from megatron_ext.errors import ConfigError
 
@@ -15,7 +16,7 @@ Load = Callable[..., RunConfig]
 
 
 def test_deepspeed_accepts_it_and_understands_it_as_meant(load: Load) -> None:
-    derived = deepspeed_config(load("deepspeed.wall_clock_breakdown=true", "optimizer.clip_norm=0.5"), world_size=1)
+    derived = deepspeed_config(load("deepspeed.wall_clock_breakdown=true", "optimizer.clip_norm=0.5"), data_ranks=1)
     understood = DeepSpeedConfig(copy.deepcopy(derived))
     assert (understood.train_batch_size, understood.train_micro_batch_size_per_gpu, understood.gradient_accumulation_steps) == (1, 1, 1)
     assert understood.managed_gradient_accumulation is False
@@ -27,17 +28,31 @@ def test_deepspeed_accepts_it_and_understands_it_as_meant(load: Load) -> None:
     assert understood.scheduler_name is None
     assert understood.wall_clock_breakdown is True
     assert understood.steps_per_print > 10**12
-    assert understood.monitor_config.tensorboard.enabled is True
-    assert understood.monitor_config.tensorboard.output_path == "runs/small"
+    assert not understood.monitor_config.enabled, "the pipeline engine would write events of its own"
 
 
 def test_batch_of_many_ranks_is_consistent(load: Load) -> None:
-    derived = deepspeed_config(load(), world_size=6)
+    derived = deepspeed_config(load(), data_ranks=6)
     assert derived["train_batch_size"] == 6 * derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"]
 
 
 def test_tensorboard_follows_logging(load: Load) -> None:
-    assert deepspeed_config(load("logging.tensorboard=false"), 1)["tensorboard"]["enabled"] is False
+    assert get_monitor_config(monitor_config(load())).tensorboard.output_path == "runs/small"
+    assert get_monitor_config(monitor_config(load())).enabled is True
+    assert get_monitor_config(monitor_config(load("logging.tensorboard=false"))).enabled is False
+
+
+def test_other_monitors_are_passed_to_the_monitors_alone(load: Load) -> None:
+    config = load("deepspeed={csv_monitor: {enabled: true, output_path: somewhere}}")
+    assert get_monitor_config(monitor_config(config)).csv_monitor.output_path == "somewhere"
+    assert "csv_monitor" not in deepspeed_config(config, 1)
+
+
+@pytest.mark.parametrize(("stages", "managed"), [(1, False), (2, True)])
+def test_only_a_pipeline_manages_its_boundaries(load: Load, stages: int, managed: bool) -> None:
+    understood = DeepSpeedConfig(copy.deepcopy(deepspeed_config(load(f"parallel.pp={stages}"), 1)))
+    assert understood.managed_gradient_accumulation is managed
+    assert understood.pipeline["pipe_partitioned"] is understood.pipeline["grad_partitioned"] is False
 
 
 def test_the_rest_is_passed_through(load: Load) -> None:

@@ -1,8 +1,10 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.optim.ownership import OwnedRows, assign_rows
+from megatron_ext.optim.ownership import OwnedBox, assign, assign_rows, assign_whole, buckets
+from megatron_ext.parallel.placement import Placement, box_shape, whole_box
 
 SHAPES = st.lists(
     st.one_of(st.tuples(), st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 40), st.integers(1, 12))), min_size=1, max_size=8
@@ -16,13 +18,15 @@ def row_size(shape: torch.Size) -> int:
 @given(shapes=SHAPES, ranks=st.integers(1, 9))
 def test_every_row_has_one_owner_and_shares_are_even(shapes: list[tuple[int, ...]], ranks: int) -> None:
     named = {str(number): torch.Size(shape) for number, shape in enumerate(shapes)}
-    owned = assign_rows(named, ranks)
+    owned = assign_rows({name: whole_box(shape) for name, shape in named.items()}, ranks)
     assert [entry.name for entry in owned] == sorted((entry.name for entry in owned), key=int)
     for name, shape in named.items():
         entries = [entry for entry in owned if entry.name == name]
-        assert [row for entry in entries for row in range(entry.start, entry.stop)] == list(range(shape[0] if shape else 1))
+        rows = [row for entry in entries for row in range(*(entry.box[0] if entry.box else (0, 1)))]
+        assert rows == list(range(shape[0] if shape else 1))
+        assert all(entry.box[1:] == whole_box(shape)[1:] for entry in entries)
     assert [entry.owner for entry in owned] == sorted(entry.owner for entry in owned), "stretches are contiguous"
-    loads = [sum(row_size(named[e.name]) * (e.stop - e.start) for e in owned if e.owner == rank) for rank in range(ranks)]
+    loads = [sum(box_shape(entry.box).numel() for entry in owned if entry.owner == rank) for rank in range(ranks)]
     total = sum(shape.numel() for shape in named.values())
     longest_row = max(row_size(shape) for shape in named.values())
     assert sum(loads) == total
@@ -30,16 +34,61 @@ def test_every_row_has_one_owner_and_shares_are_even(shapes: list[tuple[int, ...
 
 
 def test_a_small_case_by_hand() -> None:
-    shapes = {"a": torch.Size([4, 2]), "b": torch.Size([3]), "c": torch.Size([])}
-    assert assign_rows(shapes, 2) == [OwnedRows("a", 0, 3, 0), OwnedRows("a", 3, 4, 1), OwnedRows("b", 0, 3, 1), OwnedRows("c", 0, 1, 1)]
-    assert assign_rows(shapes, 1) == [OwnedRows("a", 0, 4, 0), OwnedRows("b", 0, 3, 0), OwnedRows("c", 0, 1, 0)]
+    boxes = {"a": ((0, 4), (0, 2)), "b": ((0, 3),), "c": ()}
+    assert assign_rows(boxes, 2) == [
+        OwnedBox("a", ((0, 3), (0, 2)), 0),
+        OwnedBox("a", ((3, 4), (0, 2)), 1),
+        OwnedBox("b", ((0, 3),), 1),
+        OwnedBox("c", (), 1),
+    ]
+    assert assign_rows(boxes, 1) == [OwnedBox(name, box, 0) for name, box in boxes.items()]
+
+
+def test_parts_of_a_divided_parameter_keep_the_coordinates_of_the_whole() -> None:
+    assert assign_rows({"rows": ((8, 12), (0, 3)), "columns": ((0, 4), (3, 6))}, 2) == [
+        OwnedBox("rows", ((8, 12), (0, 3)), 0),
+        OwnedBox("columns", ((0, 4), (3, 6)), 1),
+    ]
+    assert assign_rows({"rows": ((8, 12), (0, 3))}, 2) == [OwnedBox("rows", ((8, 10), (0, 3)), 0), OwnedBox("rows", ((10, 12), (0, 3)), 1)]
 
 
 def test_a_large_embedding_does_not_sit_on_one_rank() -> None:
-    owned = assign_rows({"embedding": torch.Size([1000, 64]), "norm": torch.Size([64])}, 4)
-    assert [(entry.owner, entry.stop - entry.start) for entry in owned if entry.name == "embedding"] == [
+    owned = assign_rows({"embedding": ((0, 1000), (0, 64)), "norm": ((0, 64),)}, 4)
+    assert [(entry.owner, box_shape(entry.box)[0]) for entry in owned if entry.name == "embedding"] == [
         (0, 251),
         (1, 250),
         (2, 250),
         (3, 249),
     ]
+
+
+@given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=30), ranks=st.integers(1, 6))
+def test_whole_parameters_are_balanced_as_well_as_the_largest_allows(sizes: list[int], ranks: int) -> None:
+    owned = assign_whole({str(number): ((0, size),) for number, size in enumerate(sizes)}, ranks)
+    assert [(entry.name, entry.box) for entry in owned] == [(str(number), ((0, size),)) for number, size in enumerate(sizes)]
+    loads = [sum(size for size, entry in zip(sizes, owned, strict=True) if entry.owner == rank) for rank in range(ranks)]
+    # Longest processing time first is within 4/3 of the best (Graham 1969), which is at least the mean and the largest.
+    assert max(loads) <= 4 / 3 * max(
+        max(sizes), sum(sizes) / ranks, *(sum(pair) for pair in [sorted(sizes)[-ranks - 1 :][:2]] if len(sizes) > ranks)
+    )
+
+
+@pytest.mark.parametrize("whole_tensors", [False, True])
+def test_holders_of_the_same_part_find_the_same_owners_whatever_else_they_hold(whole_tensors: bool) -> None:
+    def shared(replicas: tuple[int, ...], rows: int) -> Placement:
+        return Placement(torch.Size([rows, 3]), ((0, rows), (0, 3)), replicas, True)
+
+    first = {"embedding": shared((0, 6), 40), "a": shared((0,), 17), "norm": shared((0, 1), 9)}
+    last = {"b": shared((6,), 5), "c": shared((6,), 90), "embedding": shared((0, 6), 40), "norm": shared((6, 7), 9)}
+    owned = [[part for part in assign(held, 3, whole_tensors) if part.name == "embedding"] for held in (first, last)]
+    assert owned[0] == owned[1] and owned[0]
+    for held in (first, last):
+        parts = assign(held, 3, whole_tensors)
+        assert sum(box_shape(part.box).numel() for part in parts) == sum(box_shape(p.box).numel() for p in held.values())
+
+
+def test_buckets_hold_neighbours_of_one_owner_and_dtype() -> None:
+    owned = [OwnedBox(name, ((0, 10),), owner) for name, owner in (("a", 0), ("b", 0), ("c", 0), ("d", 1), ("e", 1), ("f", 1))]
+    dtypes = {name: torch.float64 if name == "f" else torch.float32 for name in "abcdef"}
+    found = [[part.name for part in bucket] for bucket in buckets(owned, dtypes, bucket_bytes=80)]
+    assert found == [["a", "b"], ["c"], ["d", "e"], ["f"]]

@@ -7,10 +7,11 @@ import torch
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.optim.adamw import AdamW
-from megatron_ext.optim.ownership import OwnedRows
-from megatron_ext.optim.sharded import ShardedOptimizer
+from megatron_ext.optim.ownership import OwnedBox
+from megatron_ext.parallel.placement import Box
 from megatron_ext.parallel.world import World
 from tests.distributed import RankPools
+from tests.grids import owner_optimizer
 
 STEPS = 10
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
@@ -44,7 +45,7 @@ def adamw(owned: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
 def by_owners(world: World, dtype: torch.dtype, clip_norm: float) -> tuple[list[float], TENSORS]:
     """Gradient norms, and the parameters that this rank holds after ten steps."""
     named = parameters(dtype)
-    optimizer = ShardedOptimizer(named.items(), adamw, world, clip_norm)
+    optimizer = owner_optimizer(named.items(), adamw, world, clip_norm)
     norms = []
     for step in range(STEPS):
         give_gradients(named, step, world)
@@ -120,7 +121,7 @@ def test_many_tiny_updates_of_bf16_parameters_are_not_lost() -> None:
         def rule(owned: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
             return AdamW([tensor for _, tensor in owned], lr=1e-4, weight_decay=0.0)
 
-        optimizer = ShardedOptimizer([("weight", parameter)], rule, World(0, 1, torch.device("cpu")), clip_norm=0.0)
+        optimizer = owner_optimizer([("weight", parameter)], rule)
         assert optimizer.owned[0].master.dtype == torch.float32
         return optimizer
 
@@ -134,7 +135,7 @@ def test_many_tiny_updates_of_bf16_parameters_are_not_lost() -> None:
 def poisoned(world: World, poison: float) -> tuple[list[bool], int, TENSORS, TENSORS, TENSORS]:
     """Three steps of which the second has a non-finite gradient on the last rank only."""
     named = parameters(torch.float32)
-    optimizer = ShardedOptimizer(named.items(), adamw, world, clip_norm=1.0)
+    optimizer = owner_optimizer(named.items(), adamw, world, clip_norm=1.0)
     skipped, after = [], []
     for step in range(3):
         give_gradients(named, step, world)
@@ -157,7 +158,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(run_ranks: R
 def without_gradients(world: World) -> tuple[float, TENSORS]:
     """Only rank 0 has gradients, as when the other ranks have no pack."""
     named = parameters(torch.float64)
-    optimizer = ShardedOptimizer(named.items(), adamw, world, clip_norm=0.0)
+    optimizer = owner_optimizer(named.items(), adamw, world)
     if world.is_main:
         for name, parameter in named.items():
             parameter.grad = gradient(name, 0, 0, 1)
@@ -175,39 +176,39 @@ def test_a_rank_without_gradients_takes_part(run_ranks: RankPools) -> None:
         assert largest_error(seen, {name: parameter.detach() for name, parameter in named.items()}) < 1e-12
 
 
-def one_owned_state(world: World) -> tuple[list[tuple[str, int, int]], bool]:
-    """Rows that this rank owns; and whether state moved to a fresh optimizer gives the same parameters and the same next step."""
+def one_owned_state(world: World) -> tuple[list[tuple[str, Box]], bool]:
+    """Parts that this rank owns; and whether state moved to a fresh optimizer gives the same parameters and the same next step."""
     source, target = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    optimizers = [ShardedOptimizer(named.items(), adamw, world, 0.0) for named in (source, target)]
+    optimizers = [owner_optimizer(named.items(), adamw, world) for named in (source, target)]
     for step in range(3):
         for optimizer, named in zip(optimizers[:1] if step < 2 else optimizers, (source, target), strict=False):
             give_gradients(named, step, world)
             optimizer.step()
         if step == 1:
-            saved = {rows: {kind: tensor.clone() for kind, tensor in values.items()} for rows, values in optimizers[0].owned_state()}
+            saved = {part: {kind: tensor.clone() for kind, tensor in values.items()} for part, values in optimizers[0].owned_state()}
             optimizers[1].load_owned_state(saved.pop)
-    rows = [(rows.name, rows.start, rows.stop) for rows, _ in optimizers[0].owned_state()]
+    parts = [(part.name, part.box) for part, _ in optimizers[0].owned_state()]
     masters = all(torch.equal(a.master, b.master) for a, b in zip(optimizers[0].owned, optimizers[1].owned, strict=True))
-    return rows, masters and all(torch.equal(source[name], target[name]) for name in source)
+    return parts, masters and all(torch.equal(source[name], target[name]) for name in source)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_state_moves_to_another_optimizer_bit_for_bit(run_ranks: RankPools, size: int) -> None:
     results = run_ranks(size, one_owned_state)
     assert all(equal for _, equal in results)
-    assert len({name for rows, _ in results for name, _, _ in rows}) == len(SHAPES)
+    assert len({name for parts, _ in results for name, _ in parts}) == len(SHAPES)
 
 
 def test_state_of_another_shape_is_refused() -> None:
-    def read(rows: OwnedRows) -> TENSORS:
+    def read(part: OwnedBox) -> TENSORS:
         return {"master": torch.zeros(99, 8), "exp_avg": torch.zeros(99, 8)}
 
-    optimizer = ShardedOptimizer(parameters(torch.float32).items(), adamw, World(0, 1, torch.device("cpu")), 0.0)
-    with pytest.raises(CheckpointError, match=r"embedding \(master\): rows of the checkpoint are \[99, 8\], of the model \[37, 8\]"):
+    optimizer = owner_optimizer(parameters(torch.float32).items(), adamw)
+    with pytest.raises(CheckpointError, match=r"embedding \(master\): the part in the checkpoint is \[99, 8\], in the model \[37, 8\]"):
         optimizer.load_owned_state(read)
 
 
 def test_learning_rate_reaches_the_rule() -> None:
-    optimizer = ShardedOptimizer(parameters(torch.float32).items(), adamw, World(0, 1, torch.device("cpu")), 0.0)
+    optimizer = owner_optimizer(parameters(torch.float32).items(), adamw)
     optimizer.set_learning_rate(0.125)
     assert [group["lr"] for group in optimizer.rule.param_groups + optimizer.param_groups] == [0.125, 0.125]

@@ -23,6 +23,7 @@ from megatron_ext.planning import Plan, plan_step
 from megatron_ext.train.build import build_optimizer
 from megatron_ext.train.engine import Engine, StepResult
 from tests.distributed import RankPools
+from tests.grids import data_grid, owner_optimizer
 from tests.train.tiny_run import VOCAB, random_documents, write_corpus, write_run
 
 MODEL = ModelConfig(
@@ -68,7 +69,7 @@ def pieces_of(corpus: Corpus) -> list[Piece]:
 
 def engine_of(world: World, model: GPT, optimizer: ShardedOptimizer, corpus: Corpus, num_sources: int = 1) -> Engine:
     config = load_config(Path(corpus.path).with_name("config.yaml"))
-    return Engine(model, optimizer, world, deepspeed_config(config, world.size), num_sources)
+    return Engine(model, optimizer, data_grid(world), deepspeed_config(config, world.size), num_sources)
 
 
 def step_by(engine: Engine, world: World, plan: Plan, pieces: list[Piece], corpus: Corpus) -> StepResult:
@@ -83,11 +84,11 @@ def gradients_by_packs(
     corpus = corpus_at(prefix)
     pieces = pieces_of(corpus)
     model = build(dtype, tied)
-    optimizer = ShardedOptimizer(model.named_parameters(), RecordingRule, world, clip_norm=0.0)
+    optimizer = owner_optimizer(model.named_parameters(), RecordingRule, world)
     engine = engine_of(world, model, optimizer, corpus)
     result = step_by(engine, world, plan_step([len(p) for p in pieces], world.size, tokens_per_pack=tokens_per_pack), pieces, corpus)
     engine.close()
-    return result.loss, [(o.rows.name, o.rows.start, seen) for o, seen in zip(optimizer.owned, optimizer.rule.seen, strict=True)]
+    return result.loss, [(o.part.name, o.part.box[0][0], seen) for o, seen in zip(optimizer.owned, optimizer.rule.seen, strict=True)]
 
 
 def whole(parts: list[list[tuple[str, int, torch.Tensor]]]) -> TENSORS:
@@ -192,7 +193,7 @@ def test_the_comparison_notices_a_wrong_step(corpus: Corpus, wrong: Callable[[GP
 def weights_after_steps(world: World, prefix: str, tokens_per_pack: int, clip_norm: float) -> tuple[list[float], TENSORS]:
     corpus = corpus_at(prefix)
     model = build(torch.float64)
-    optimizer = build_optimizer(model, OptimizerOptions(lr=0.01, clip_norm=clip_norm), world)
+    optimizer = build_optimizer(model, OptimizerOptions(lr=0.01, clip_norm=clip_norm), data_grid(world))
     optimizer.set_learning_rate(0.01)
     engine = engine_of(world, model, optimizer, corpus)
     norms = []
@@ -232,7 +233,7 @@ def flags_and_sources(world: World, prefix: str) -> StepResult:
     corpora = [corpus_at(prefix), corpus_at(prefix)]
     pieces = [replace(piece, source=piece.document % 2) for piece in pieces_of(corpora[0])]
     model = build(torch.float64)
-    optimizer = ShardedOptimizer(model.named_parameters(), RecordingRule, world, clip_norm=0.0)
+    optimizer = owner_optimizer(model.named_parameters(), RecordingRule, world)
     engine = engine_of(world, model, optimizer, corpora[0], num_sources=2)
     plan = plan_step([len(p) for p in pieces], world.size, tokens_per_pack=64)
     packs = [read_pack(pack, pieces, corpora, VOCAB) for pack in plan.packs_of(world.rank)]

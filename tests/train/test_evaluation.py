@@ -7,15 +7,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ext.checkpoint.hf_config import config_to_hf
+from megatron_ext.config import deepspeed_config, load_config
 from megatron_ext.data.corpus import Corpus
 from megatron_ext.data.options import DataOptions, SourceOptions
 from megatron_ext.data.validation import ValidationSet, validation_sets
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.parallel.world import World
+from megatron_ext.train.engine import Engine
 from megatron_ext.train.evaluation import EvaluationResult, evaluate
 from tests.distributed import RankPools
-from tests.train.tiny_run import VOCAB, random_documents, write_corpus
+from tests.grids import data_grid, owner_optimizer
+from tests.train.tiny_run import VOCAB, random_documents, write_corpus, write_run
 
 CONFIG = ModelConfig(VOCAB, 16, 24, 2, 4, 2, 4, 64, init_std=0.3)
 SEQUENCE = 32
@@ -35,7 +38,11 @@ def model_of(seed: int) -> GPT:
 
 def evaluate_on(world: World, folder: Path, tokens_per_pack: int) -> list[EvaluationResult]:
     model = model_of(1)
-    results = evaluate(model, sets_at(folder), world, tokens_per_pack, VOCAB)
+    optimizer = owner_optimizer(model.named_parameters(), lambda owned: torch.optim.SGD([tensor for _, tensor in owned]), world)
+    engine = Engine(model, optimizer, data_grid(world), deepspeed_config(load_config(folder / "config.yaml"), world.size), 1)
+    results = evaluate(engine, sets_at(folder), tokens_per_pack, VOCAB)
+    assert evaluate(engine, [], tokens_per_pack, VOCAB) == []
+    engine.close()
     assert all(parameter.grad is None for parameter in model.parameters())
     return results
 
@@ -56,6 +63,7 @@ def plainly(each: ValidationSet) -> tuple[float, int]:
 
 @pytest.mark.parametrize(("ranks", "tokens_per_pack"), [(1, 32), (2, 100)])
 def test_equals_a_plain_computation(run_ranks: RankPools, tmp_path: Path, ranks: int, tokens_per_pack: int) -> None:
+    write_run(tmp_path)
     for seed, name in enumerate(("train", "own")):
         write_corpus(tmp_path / name, random_documents(60, 100, seed=seed))
     expected = [plainly(each) for each in sets_at(tmp_path)]
@@ -63,7 +71,3 @@ def test_equals_a_plain_computation(run_ranks: RankPools, tmp_path: Path, ranks:
         assert [(each.source, each.split) for each in results] == [("own", "validation"), ("train", "held_out")]
         assert [each.tokens for each in results] == [tokens for _, tokens in expected]
         assert [each.loss for each in results] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
-
-
-def test_nothing_to_evaluate_is_no_result() -> None:
-    assert evaluate(model_of(0), [], World(0, 1, torch.device("cpu")), 32, VOCAB) == []

@@ -15,7 +15,7 @@ import yaml
 from megatron_ext.config import RunConfig, load_config
 from megatron_ext.data.indexed_writer import IndexedDatasetWriter
 from megatron_ext.parallel.world import World
-from megatron_ext.train.build import prepare
+from megatron_ext.train.build import build_grid, prepare
 from megatron_ext.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,8 @@ def train_config(world: World, config: RunConfig) -> None:
     """As ``train``, for a configuration that was read."""
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     world.barrier()
-    Trainer(prepare(config), world).train()
+    setup = prepare(config)
+    Trainer(setup, build_grid(setup, world)).train()
 
 
 def start(config: Path, *overrides: str, ranks: int = 1, script: Path = ROOT / "examples" / "pretrain.py") -> subprocess.Popen[str]:

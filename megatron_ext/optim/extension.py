@@ -1,0 +1,19 @@
+"""Where methods that change gradients or updates hook into the optimizer."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class UpdateExtension(Protocol):
+    """Changes what the update rule gets or what it did, tensor by tensor, in place.
+
+    Tensors are float32 (float64 in float64 models) and whole parameters, except that under tensor parallelism a rank sees its part of a
+    divided matrix. Each is seen by its owner only; of one that several ranks of the model hold, every holder does the same.
+    """
+
+    def on_gradient(self, name: str, gradient: Tensor) -> None:
+        """Before clipping and the rule: the gradient of the whole step, summed over all ranks."""
+
+    def on_update(self, name: str, before: Tensor, after: Tensor) -> None:
+        """After the rule and weight decay: the parameter ``before`` the step, and ``after`` it, to be changed."""

@@ -1,0 +1,54 @@
+"""Packs through a model that this rank has all layers of, on DeepSpeed's plain engine.
+
+Read from deepspeed 0.19.8: with ``managed_gradient_accumulation`` off, ``backward`` only accumulates and ``step`` is the caller's
+boundary; the all-reduce of gradients at that boundary is switched off by ``enable_backward_allreduce``, because the optimizer reduces
+each gradient to its owner.
+"""
+
+from typing import Any
+
+import deepspeed
+import torch
+
+from megatron_ext.model.gpt import GPT
+from megatron_ext.optim.sharded import ShardedOptimizer
+from megatron_ext.parallel.grid import Grid
+from megatron_ext.train.deepspeed_setup import GridForDeepSpeed, join_deepspeed
+from megatron_ext.train.losses import LossSums
+from megatron_ext.train.packs import Packs
+
+
+class WholePasses:
+    """See ``Passes``. The arguments are those of ``Engine``."""
+
+    in_step = False
+
+    def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
+        join_deepspeed(grid.world)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config, mpu=GridForDeepSpeed(grid), dist_init_required=False
+        )
+        self._engine.enable_backward_allreduce = False
+        self._device = grid.world.device
+
+    def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
+        """See ``Passes``."""
+        self._engine.train()
+        for pack in packs:
+            batch = pack.to(self._device)
+            loss_sum, token_loss = self._engine(*batch.model_inputs)
+            self._engine.backward(loss_sum / denominator, scale_wrt_gas=False)
+            losses.add(token_loss, batch.loss_weight, batch.sources)
+        self._engine.step()
+
+    @torch.no_grad()
+    def evaluate(self, packs: Packs, losses: LossSums) -> None:
+        """See ``Passes``."""
+        self._engine.eval()
+        for pack in packs:
+            batch = pack.to(self._device)
+            losses.add(self._engine(*batch.model_inputs)[1], batch.loss_weight, batch.sources)
+
+    def close(self) -> None:
+        """See ``Passes``."""
+        self._engine.destroy()

@@ -1,0 +1,130 @@
+"""Packs through the stages of a pipeline, on DeepSpeed's 1F1B schedule.
+
+Read from deepspeed 0.19.8, and relied upon:
+
+- One layer a stage is handed to ``PipelineModule``, so that the division is ours; the engine's ``micro_batches`` may be set before a step.
+- Only hidden states travel. Every stage reads the pack from its own copy of the plan, in the order of the schedule, and so needs
+  nothing else from the stage before. A pack without tokens passes through; a step without packs does not.
+- ``pipeline_enable_backward_allreduce`` off and no tied layers: all gradients, those of tied embeddings too, are the optimizer's.
+- Its activation checkpointing stays off: the blocks have their own.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_ext.data.batch import PackedBatch
+from megatron_ext.model.gpt import GPT
+from megatron_ext.optim.sharded import ShardedOptimizer
+from megatron_ext.parallel.grid import Grid
+from megatron_ext.train.deepspeed_setup import join_deepspeed, silenced
+from megatron_ext.train.losses import LossSums
+from megatron_ext.train.packs import Packs
+
+
+class PackFeed:
+    """The packs of a step, in order, for DeepSpeed's loader and for the stage that computes them.
+
+    Args:
+        packs: of this rank.
+        device: where they are computed.
+    """
+
+    def __init__(self, packs: Packs, device: torch.device) -> None:
+        self._packs = iter(packs)
+        self._device = device
+        self._loaded: deque[PackedBatch] = deque()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """(input of the first stage, labels for the loss): DeepSpeed loads a pack on the first and the last stage only."""
+        pack = next(self._packs).to(self._device)
+        self._loaded.append(pack)
+        return pack.tokens, (pack.labels, pack.loss_weight, pack.sources)
+
+    def to_compute(self) -> PackedBatch:
+        """The pack of the next forward pass."""
+        return self._loaded.popleft() if self._loaded else next(self._packs).to(self._device)
+
+
+class PipelineStage(nn.Module):
+    """The layers of this rank as the one layer of a stage: tokens or hidden states in, hidden states out."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+        self.feed: PackFeed | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [T] on the first stage, elsewhere the residual stream, to the residual stream."""
+        assert self.feed is not None, "a schedule runs on a feed"
+        pack = self.feed.to_compute()
+        x = self.model.embed(x) if self.model.stage.is_first else x
+        return self.model.blocks(x, self.model.context(pack.positions, pack.cu_seqlens, pack.max_seqlen))
+
+
+class PipelineLoss:
+    """The loss on the last stage; records what it sees on the way."""
+
+    def __init__(self, model: GPT) -> None:
+        self._model = model
+        self.denominator = 1.0
+        self.losses = LossSums(0)
+
+    def __call__(self, x: Tensor, labels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Sum of the weighted losses of a pack over the denominator. ``labels``: labels, weights and sources."""
+        targets, loss_weight, sources = labels
+        loss_sum, token_loss = self._model.loss(x, targets, loss_weight)
+        self.losses.add(token_loss, loss_weight, sources)
+        return loss_sum / self.denominator
+
+
+class PipelinePasses:
+    """See ``Passes``. The arguments are those of ``Engine``."""
+
+    in_step = True
+
+    def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
+        join_deepspeed(grid.world)
+        self._stage, self._loss = PipelineStage(model), PipelineLoss(model)
+        shape = grid.shape
+        with silenced():
+            pipeline = PipelineModule(
+                [self._stage if stage == grid.stage else nn.Identity() for stage in range(shape.pp)],
+                topology=PipeModelDataParallelTopology(shape.pp, shape.tp, shape.dp),
+                loss_fn=self._loss,
+                partition_method="uniform",
+                dynamic_shape=True,
+            )
+            self._engine, *_ = deepspeed.initialize(model=pipeline, optimizer=optimizer, config=deepspeed_config, dist_init_required=False)
+        self._engine.pipeline_enable_backward_allreduce = False
+        self._device = grid.world.device
+
+    def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
+        """See ``Passes``."""
+        self._loss.denominator = denominator
+        feed = self._prepare(packs, losses)
+        self._engine.micro_batches = len(packs)
+        self._engine.train_batch(feed)
+
+    def evaluate(self, packs: Packs, losses: LossSums) -> None:
+        """See ``Passes``."""
+        feed = self._prepare(packs, losses)
+        self._engine.eval_batch(feed, reduce_output=None, bcast_loss=False, num_micro_batches=len(packs))
+
+    def _prepare(self, packs: Packs, losses: LossSums) -> PackFeed:
+        self._loss.losses = losses
+        self._stage.feed = PackFeed(packs, self._device)
+        return self._stage.feed
+
+    def close(self) -> None:
+        """See ``Passes``."""
+        self._engine.destroy()
