@@ -47,12 +47,21 @@ class RunConfig(BaseModel):
         warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
         pack, longest = self.planning.tokens_per_pack, self.model.max_position
         has_vocabulary = bool(self.tokenizer or self.model.init_from or self.model.vocab_size)
+        sharding, grid = self.optimizer.sharding, self.parallel
+        whole_model = sharding == "whole_tensor" or (grid.tp == 1 and grid.pp == 1)
         whole_piece = f"at least data.sequence_length ({sequence}), or null"
         require(
             (pack is None or pack >= sequence, "planning.tokens_per_pack", pack, whole_piece),
             (longest is None or longest >= sequence, "model.max_position", longest, whole_piece),
             (warmup <= steps, "schedule.warmup_steps", warmup, f"at most the {steps} steps of the run"),
             (decay is None or warmup + decay <= steps, "schedule.decay_steps", decay, f"at most {steps} steps less {warmup} of warm-up"),
+            (whole_model, "optimizer.sharding", sharding, f"whole_tensor with tp {grid.tp} and pp {grid.pp}; ZeRO with both 1"),
+            (
+                sharding == "whole_tensor" or self.train.dtype != "float64",
+                "train.dtype",
+                self.train.dtype,
+                "auto, bfloat16 or float32: DeepSpeed's ZeRO keeps float32 masters",
+            ),
             (has_vocabulary, "tokenizer", self.tokenizer, "a directory; null with model.init_from or model.vocab_size"),
         )
         return self

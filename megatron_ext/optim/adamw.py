@@ -1,6 +1,6 @@
 """AdamW (Loshchilov and Hutter 2019, algorithm 2): PyTorch's, with the betas that language models use."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,10 +31,15 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
 
 
-def decay_groups(named: Iterable[tuple[str, torch.Tensor]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices, which are decayed, and norms and biases (fewer than two dimensions), which are not."""
-    named = list(named)
-    matrices = [tensor for _, tensor in named if tensor.ndim >= 2]
-    vectors = [tensor for _, tensor in named if tensor.ndim < 2]
+def decay_groups(
+    named: Iterable[tuple[str, torch.Tensor]], weight_decay: float, shapes: Mapping[str, torch.Size] | None = None
+) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices, which are decayed, and norms and biases (fewer than two dimensions), which are not.
+
+    ``shapes``: of the parameters by name, where the tensors do not have them (divided by ZeRO).
+    """
+    named = [(tensor, tensor.shape if shapes is None else shapes[name]) for name, tensor in named]
+    matrices = [tensor for tensor, shape in named if len(shape) >= 2]
+    vectors = [tensor for tensor, shape in named if len(shape) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,22 +1,23 @@
 """From a configuration to the parts of a run: model, optimizer, data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.hf import load_hf_config, load_hf_weights
+from megatron_ext.checkpoint.hf import load_hf_config, load_hf_weights, read_hf_tensors
 from megatron_ext.checkpoint.hf_config import config_to_hf
-from megatron_ext.config import RunConfig, total_steps
+from megatron_ext.config import RunConfig, deepspeed_config, total_steps
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.tokenizer import Tokenizer, copy_tokenizer_files, load_tokenizer
 from megatron_ext.data.validation import ValidationSet, validation_sets
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.varlen_attention import select_backend
 from megatron_ext.model.config import ModelConfig
-from megatron_ext.model.gpt import GPT
+from megatron_ext.model.gpt import GPT, parameter_shapes
+from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.placements import placements
 from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.options import OptimizerOptions
@@ -26,8 +27,10 @@ from megatron_ext.parallel.grid import Grid, grid_shape
 from megatron_ext.parallel.pipeline import balanced, stages
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
+from megatron_ext.train.engine import Engine, owner_engine, zero_engine
 from megatron_ext.train.layer_times import measure_layers
 from megatron_ext.train.sources import build_mixture
+from megatron_ext.train.zero import partitioned, set_weights
 
 
 @dataclass(frozen=True)
@@ -106,22 +109,45 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
     attention, why_attention = select_backend(config.model.attention, device, dtype, setup.model.head_dim)
     layers, why_layers = layers_per_stage(setup, grid)
     tp = TensorParallel(grid.tp, config.parallel.sequence_parallel_activations)
-    with torch.device("meta"):
-        model = GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage])
-    model.to_empty(device=device)
-    if config.model.init_from:
-        load_hf_weights(model, config.model.init_from)
-        origin = config.model.init_from
+
+    def make() -> GPT:
+        return GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage])
+
+    if config.optimizer.sharding == "zero3":
+        model = partitioned(make, grid, dtype)
+        set_weights(model, _first_weights(setup))
     else:
-        model.reset_parameters(config.seed)
-        origin = f"random, seed {config.seed}"
+        with torch.device("meta"):
+            model = make()
+        model.to_empty(device=device)
+        _fill(model, setup)
+        model = model.to(dtype)
     chosen = {
-        "weights": origin,
+        "weights": config.model.init_from or f"random, seed {config.seed}",
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
         "attention": f"{attention} ({why_attention})",
         **({"blocks per stage": f"{layers} ({why_layers})"} if grid.shape.pp > 1 else {}),
     }
-    return model.to(dtype), chosen
+    return model, chosen
+
+
+def _fill(model: GPT, setup: Setup) -> None:
+    """Give a model its first weights."""
+    if setup.config.model.init_from:
+        load_hf_weights(model, setup.config.model.init_from)
+    else:
+        model.reset_parameters(setup.config.seed)
+
+
+def _first_weights(setup: Setup) -> Iterator[tuple[str, torch.Tensor]]:
+    """As ``_fill``, whole tensors one at a time."""
+    if setup.config.model.init_from:
+        yield from read_hf_tensors(setup.config.model.init_from, setup.model)
+        return
+    for name, shape in parameter_shapes(setup.model).items():
+        whole = torch.empty(shape)
+        initialize_parameter(name, whole, setup.model, setup.config.seed)
+        yield name, whole
 
 
 def layers_per_stage(setup: Setup, grid: Grid) -> tuple[list[int], str]:
@@ -134,6 +160,15 @@ def layers_per_stage(setup: Setup, grid: Grid) -> tuple[list[int], str]:
         return balanced(model.num_layers, options.pp, times.block, times.embedding, times.head), f"balanced by measured time: {times}"
     embedding = model.embedding_parameters
     return balanced(model.num_layers, options.pp, model.block_parameters, embedding, embedding), "balanced by parameters"
+
+
+def build_engine(setup: Setup, model: GPT, grid: Grid) -> Engine:
+    """The engine with the optimizer that the configuration asks for."""
+    options, sources = setup.config.optimizer, len(setup.mixture.corpora)
+    settings = deepspeed_config(setup.config, grid.shape.dp)
+    if options.sharding == "whole_tensor":
+        return owner_engine(model, build_optimizer(model, options, grid), grid, settings, sources)
+    return zero_engine(model, options, grid, settings, sources)
 
 
 def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid) -> ShardedOptimizer:

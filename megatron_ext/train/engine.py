@@ -5,7 +5,9 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_ext.checkpoint.save import SavedOptimizer
 from megatron_ext.model.gpt import GPT
+from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning import Pack, Plan
@@ -13,6 +15,7 @@ from megatron_ext.train.losses import LossSums
 from megatron_ext.train.packs import Packs
 from megatron_ext.train.passes import WholePasses
 from megatron_ext.train.pipeline_passes import PipelinePasses
+from megatron_ext.train.zero import ZeroPasses
 
 
 @dataclass(frozen=True)
@@ -44,26 +47,40 @@ class Passes(Protocol):
     def evaluate(self, packs: Packs, losses: LossSums) -> None:
         """Compute the losses only."""
 
+    def weight(self, name: str) -> torch.Tensor:
+        """This rank's part of a parameter."""
+
     def close(self) -> None:
         """Release what DeepSpeed holds."""
+
+
+class StepOptimizer(SavedOptimizer, Protocol):
+    """An optimizer as the trainer sees it; ``ShardedOptimizer`` is one, and says what the members are."""
+
+    grad_norm: float
+    overflow: bool
+    updates: int
+
+    def expect_backwards(self, count: int) -> None: ...
+
+    def set_learning_rate(self, lr: float) -> None: ...
+
+    def check_replicas(self) -> None: ...
 
 
 class Engine:
     """Trains a model by packs.
 
     Args:
-        model: this rank's part of the model.
-        optimizer: on its parameters.
+        passes: the engine of DeepSpeed underneath.
+        optimizer: whose step the passes take.
         grid: the ranks.
-        deepspeed_config: for ``deepspeed.initialize``.
         num_sources: number of sources that losses are told apart by.
     """
 
-    def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any], num_sources: int) -> None:
-        passes = PipelinePasses if grid.shape.pp > 1 else WholePasses
-        self._passes: Passes = passes(model, optimizer, grid, deepspeed_config)
-        self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._optimizer = optimizer
+    def __init__(self, passes: Passes, optimizer: StepOptimizer, grid: Grid, num_sources: int) -> None:
+        self._passes = passes
+        self.optimizer = optimizer
         self.grid = grid
         self._num_sources = num_sources
 
@@ -80,10 +97,10 @@ class Engine:
             flags: float64 [n]: small values to be summed over the ranks on the way.
         """
         losses = LossSums(self._num_sources)
-        self._optimizer.expect_backwards(len(packs))
+        self.optimizer.expect_backwards(len(packs))
         self._passes.train(packs, float(max(1, step_loss_tokens)), losses)
         sums, flags = losses.over(self.grid, flags)
-        return StepResult(sums[0], sums[1], self._optimizer.grad_norm, self._optimizer.overflow, flags)
+        return StepResult(sums[0], sums[1], self.optimizer.grad_norm, self.optimizer.overflow, flags)
 
     def evaluate(self, packs: Packs) -> tuple[float, float]:
         """Sum of the losses in nats of the packs of all ranks, and the number of their labelled tokens. ``packs`` as in ``step``."""
@@ -94,9 +111,21 @@ class Engine:
         return loss, tokens
 
     def weight(self, name: str) -> torch.Tensor:
-        """This rank's part of a parameter, in the dtype of the model."""
-        return self._weights[name]
+        """This rank's part of a parameter, in the dtype of the model. All data ranks ask for the same ones in turn."""
+        return self._passes.weight(name)
 
     def close(self) -> None:
         """Release what DeepSpeed holds."""
         self._passes.close()
+
+
+def owner_engine(model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any], num_sources: int) -> Engine:
+    """An engine whose optimizer owns whole rows or tensors; the other arguments as of ``Engine`` and ``deepspeed.initialize``."""
+    passes = PipelinePasses if grid.shape.pp > 1 else WholePasses
+    return Engine(passes(model, optimizer, grid, deepspeed_config), optimizer, grid, num_sources)
+
+
+def zero_engine(model: GPT, options: OptimizerOptions, grid: Grid, deepspeed_config: dict[str, Any], num_sources: int) -> Engine:
+    """An engine with AdamW under DeepSpeed's ZeRO, of the stage that ``options`` say."""
+    passes = ZeroPasses(model, options, grid, deepspeed_config)
+    return Engine(passes, passes.optimizer, grid, num_sources)

@@ -29,6 +29,7 @@ class WholePasses:
             model=model, optimizer=optimizer, config=deepspeed_config, mpu=GridForDeepSpeed(grid), dist_init_required=False
         )
         self._engine.enable_backward_allreduce = False
+        self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._device = grid.world.device
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
@@ -48,6 +49,10 @@ class WholePasses:
         for pack in packs:
             batch = pack.to(self._device)
             losses.add(self._engine(*batch.model_inputs)[1], batch.loss_weight, batch.sources)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """See ``Passes``."""
+        return self._weights[name]
 
     def close(self) -> None:
         """See ``Passes``."""

@@ -106,6 +106,7 @@ class PipelinePasses:
             )
             self._engine, *_ = deepspeed.initialize(model=pipeline, optimizer=optimizer, config=deepspeed_config, dist_init_required=False)
         self._engine.pipeline_enable_backward_allreduce = False
+        self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._device = grid.world.device
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
@@ -124,6 +125,10 @@ class PipelinePasses:
         self._loss.losses = losses
         self._stage.feed = PackFeed(packs, self._device)
         return self._stage.feed
+
+    def weight(self, name: str) -> torch.Tensor:
+        """See ``Passes``."""
+        return self._weights[name]
 
     def close(self) -> None:
         """See ``Passes``."""

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.checkpoint.save import CheckpointWriter
-from megatron_ext.config import deepspeed_config, monitor_config, total_steps
+from megatron_ext.config import monitor_config, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.errors import DataError
 from megatron_ext.optim.main_gradients import main_dtype
@@ -20,9 +20,9 @@ from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning import Plan, plan_step
-from megatron_ext.train.build import Setup, build_model, build_optimizer
+from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.console import Console
-from megatron_ext.train.engine import Engine, StepResult
+from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.metrics import MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
@@ -47,8 +47,8 @@ class Trainer:
         self.stop = StopRequest(self.run_dir)
         self._check_same_data()
         self.model, self.chosen = build_model(setup, grid)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer, grid)
-        self.engine = Engine(self.model, self.optimizer, grid, deepspeed_config(self.config, grid.shape.dp), len(self.tokens_by_source))
+        self.engine = build_engine(setup, self.model, grid)
+        self.optimizer = self.engine.optimizer
         self.monitors = Monitors(monitor_config(self.config))
         self.resumed_from = self._resume()
         self.console = Console(self.world.is_main, self.total_steps)
@@ -214,7 +214,7 @@ class Trainer:
             {
                 "ranks": f"{shape.size}: {shape}, {describe(self.world.device)}",
                 "parameters": f"{parameters:,}",
-                "optimizer": f"AdamW on {self._master_dtype()} master weights, about {parameters // shape.size:,} a rank",
+                "optimizer": f"AdamW on {self._master_dtype()} masters, {self._sharding()}",
                 "step": f"{self.config.data.tokens_per_step:,} tokens at most; {packs}",
                 "budget": f"{self.total_steps:,} steps, {setup.token_budget:,} tokens",
                 "data": ", ".join(f"{corpus.name} {share:.1%} ({corpus.dataset.num_tokens:,} tokens)" for corpus, share in shares),
@@ -239,6 +239,10 @@ class Trainer:
             unigram_entropy=entropy,
             versions=_versions(),
         )
+
+    def _sharding(self) -> str:
+        owned = self.setup.model.num_parameters() // self.grid.shape.size
+        return f"{self.config.optimizer.sharding}, each rank about {owned:,} parameters"
 
     def _master_dtype(self) -> str:
         return str(main_dtype(next(self.model.parameters()).dtype)).removeprefix("torch.")

@@ -21,7 +21,7 @@ from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.world import World
 from megatron_ext.planning import Plan, plan_step
 from megatron_ext.train.build import build_optimizer
-from megatron_ext.train.engine import Engine, StepResult
+from megatron_ext.train.engine import Engine, StepResult, owner_engine
 from tests.distributed import RankPools
 from tests.grids import data_grid, owner_optimizer
 from tests.train.tiny_run import VOCAB, random_documents, write_corpus, write_run
@@ -69,7 +69,7 @@ def pieces_of(corpus: Corpus) -> list[Piece]:
 
 def engine_of(world: World, model: GPT, optimizer: ShardedOptimizer, corpus: Corpus, num_sources: int = 1) -> Engine:
     config = load_config(Path(corpus.path).with_name("config.yaml"))
-    return Engine(model, optimizer, data_grid(world), deepspeed_config(config, world.size), num_sources)
+    return owner_engine(model, optimizer, data_grid(world), deepspeed_config(config, world.size), num_sources)
 
 
 def step_by(engine: Engine, world: World, plan: Plan, pieces: list[Piece], corpus: Corpus) -> StepResult:

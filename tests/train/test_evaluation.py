@@ -14,7 +14,7 @@ from megatron_ext.data.validation import ValidationSet, validation_sets
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.parallel.world import World
-from megatron_ext.train.engine import Engine
+from megatron_ext.train.engine import owner_engine
 from megatron_ext.train.evaluation import EvaluationResult, evaluate
 from tests.distributed import RankPools
 from tests.grids import data_grid, owner_optimizer
@@ -39,7 +39,7 @@ def model_of(seed: int) -> GPT:
 def evaluate_on(world: World, folder: Path, tokens_per_pack: int) -> list[EvaluationResult]:
     model = model_of(1)
     optimizer = owner_optimizer(model.named_parameters(), lambda owned: torch.optim.SGD([tensor for _, tensor in owned]), world)
-    engine = Engine(model, optimizer, data_grid(world), deepspeed_config(load_config(folder / "config.yaml"), world.size), 1)
+    engine = owner_engine(model, optimizer, data_grid(world), deepspeed_config(load_config(folder / "config.yaml"), world.size), 1)
     results = evaluate(engine, sets_at(folder), tokens_per_pack, VOCAB)
     assert evaluate(engine, [], tokens_per_pack, VOCAB) == []
     engine.close()

@@ -19,7 +19,7 @@ from megatron_ext.parallel.pipeline import stages
 from megatron_ext.parallel.placement import Box, slices, whole_box
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
-from megatron_ext.train.engine import Engine
+from megatron_ext.train.engine import owner_engine
 from tests.distributed import RankPools
 from tests.train.tiny_run import write_run
 
@@ -97,7 +97,7 @@ def train_on(world: World, config: str, case: Case, dtype: torch.dtype, clip: fl
     optimizer = ShardedOptimizer(dict(model.named_parameters()), where, Recording, grid, clip)
     optimizer.set_learning_rate(RULE["lr"])
     settings = deepspeed_config(load_config(config, [f"parallel.pp={case.pp}"]), grid.shape.dp)
-    engine = Engine(model, optimizer, grid, settings, 1)
+    engine = owner_engine(model, optimizer, grid, settings, 1)
     mine = packs()[grid.dp.rank :: grid.shape.dp]
     results = [engine.step(mine, loss_tokens(), torch.zeros(0, dtype=torch.float64)) for _ in range(STEPS)]
     optimizer.check_replicas()

@@ -110,12 +110,20 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def master_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Master weights and moments of a checkpoint by parameter and kind, put together from the rows of all ranks, without our reader."""
+    """Master weights and moments of a checkpoint by parameter and kind, put together from the boxes of all ranks, without our reader."""
     from safetensors.torch import load_file
 
-    blocks: dict[str, dict[int, torch.Tensor]] = {}
-    for file in sorted((checkpoint / "optimizer").glob("*.safetensors")):
-        for key, tensor in load_file(file).items():
-            name, kind, rows = key.split("|")
-            blocks.setdefault(f"{name}|{kind}", {})[int(rows.split(":")[0])] = tensor
-    return {name: torch.cat([parts[begin] for begin in sorted(parts)]) for name, parts in blocks.items()}
+    parts = [(key, tensor) for file in sorted((checkpoint / "optimizer").glob("*.safetensors")) for key, tensor in load_file(file).items()]
+    boxes: dict[str, list[tuple[list[list[int]], torch.Tensor]]] = {}
+    for key, tensor in parts:
+        name, kind, ranges = key.split("|")
+        box = [[int(bound) for bound in bounds.split(":")] for bounds in ranges.split(",") if bounds]
+        boxes.setdefault(f"{name}|{kind}", []).append((box, tensor))
+    whole = {}
+    for name, found in boxes.items():
+        shape = [max(box[dimension][1] for box, _ in found) for dimension in range(len(found[0][0]))]
+        whole[name] = torch.full(shape, float("nan"), dtype=found[0][1].dtype)
+        for box, tensor in found:
+            whole[name][tuple(slice(*bounds) for bounds in box)] = tensor
+        assert not whole[name].isnan().any()
+    return whole

@@ -1,0 +1,192 @@
+"""AdamW under DeepSpeed's ZeRO stages 1 to 3, for runs that must divide gradients or parameters over the data ranks.
+
+Read from deepspeed 0.19.8, beyond what ``passes`` says:
+
+- Gradients are averaged over the ranks, so that losses are multiplied by their number here.
+- Stages 2 and 3 reduce in every backward, so that all ranks must run equally many.
+- The client's optimizer is left with one flat tensor for each parameter group (in stage 3 those of ``fp32_partitioned_groups_flat``),
+  without state before its first step, and stages 1 and 2 show the state of a parameter only after
+  ``lazy_init_hp_params_optimizer_state``, which they call when the first group has been updated and the others have no state yet. So both
+  are done here at once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor
+
+from megatron_ext.model.gpt import GPT, parameter_shapes
+from megatron_ext.optim.adamw import AdamW, decay_groups
+from megatron_ext.optim.options import OptimizerOptions
+from megatron_ext.optim.ownership import OwnedBox
+from megatron_ext.optim.replicas import check_replicas
+from megatron_ext.parallel.grid import Grid
+from megatron_ext.parallel.placement import Placement, whole_box
+from megatron_ext.train.deepspeed_setup import join_deepspeed, silenced
+from megatron_ext.train.losses import LossSums
+from megatron_ext.train.packs import Packs
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def zero_config(deepspeed_config: dict[str, Any], options: OptimizerOptions, dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration of an engine that takes ``deepspeed_config``, with the stage of ``options`` instead of the owner optimizer."""
+    return {
+        **deepspeed_config,
+        "zero_optimization": {"stage": STAGES[options.sharding], "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": options.clip_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+
+
+def partitioned(make: Callable[[], GPT], grid: Grid, dtype: torch.dtype) -> GPT:
+    """The model that ``make`` makes, each parameter divided over the data ranks as soon as it exists (stage 3)."""
+    join_deepspeed(grid.world)
+    bf16 = {"enabled": dtype == torch.bfloat16}
+    config = {"train_batch_size": grid.shape.dp, "zero_optimization": {"stage": 3}, "bf16": bf16}
+    # Its own argument ``dtype`` is only looked at where the accelerator has float16; elsewhere it makes everything bfloat16.
+    with silenced(), deepspeed.zero.Init(config_dict_or_path=config):
+        return make()
+
+
+@torch.no_grad()
+def set_weights(model: GPT, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole tensors into the parameters of a divided model, one at a time. All ranks pass the same."""
+    parameters = dict(model.named_parameters())
+    for name, value in values:
+        with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
+            parameters[name].copy_(value)
+
+
+class ZeroOptimizer:
+    """What the trainer and checkpoints ask of an optimizer, answered by DeepSpeed's. Attributes as of ``ShardedOptimizer``."""
+
+    def __init__(self, model: GPT, rule: AdamW, engine: deepspeed.DeepSpeedEngine, grid: Grid) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._rule, self._engine, self._grid = rule, engine, grid
+        self.placements = {
+            name: Placement(shape, whole_box(shape), (grid.world.rank,), False) for name, shape in parameter_shapes(model.config).items()
+        }
+        self.updates = 0
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the last step, before clipping."""
+        return float(self._engine.get_global_grad_norm())
+
+    @property
+    def overflow(self) -> bool:
+        """True if the last step was skipped because its gradient norm was not finite."""
+        return not self._engine.was_step_applied()
+
+    def expect_backwards(self, count: int) -> None:
+        """DeepSpeed counts for itself."""
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self._rule.param_groups:
+            group["lr"] = lr
+
+    def check_replicas(self) -> None:
+        """See ``ShardedOptimizer``; in stage 3 no two ranks hold the same."""
+        if self._engine.zero_optimization_stage() < 3:
+            check_replicas(self._parameters, self.placements, self._grid)
+
+    def owned_state(self) -> Iterator[tuple[OwnedBox, dict[str, Tensor]]]:
+        """Whole parameters in turn, put together on all ranks, each to be saved by one of them. All ranks must go through all."""
+        ranks = self._grid.dp
+        step = next(iter(self._rule.state.values()))["step"]
+        for number, (name, parameter) in enumerate(self._parameters.items()):
+            values = {"master": safe_get_full_fp32_param(parameter)}
+            values |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+            if number % ranks.size == ranks.rank:
+                shape = self.placements[name].shape
+                whole = {kind: value.view(shape).float() for kind, value in values.items()}
+                yield OwnedBox(name, whole_box(shape), ranks.rank), whole | {"step": step}
+
+    @torch.no_grad()
+    def load_owned_state(self, read: Callable[[OwnedBox], dict[str, Tensor]]) -> None:
+        """Replace every parameter by what ``read`` returns for it, on all ranks, one at a time."""
+        for name, parameter in self._parameters.items():
+            values = read(OwnedBox(name, self.placements[name].box, self._grid.dp.rank))
+            safe_set_full_fp32_param(parameter, values["master"])
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, values[moment], moment)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(values["master"])
+            step = values["step"]
+        for state in self._rule.state.values():
+            state["step"].copy_(step)
+
+
+class ZeroPasses:
+    """See ``Passes``. Arguments as of ``Engine``, with the options of the optimizer, which DeepSpeed makes its own of."""
+
+    in_step = True
+
+    def __init__(self, model: GPT, options: OptimizerOptions, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
+        join_deepspeed(grid.world)
+        groups = decay_groups(model.named_parameters(), options.weight_decay, parameter_shapes(model.config))
+        members = [list(group["params"]) for group in groups]
+        rule = AdamW(groups, lr=options.lr, betas=tuple(options.betas), eps=options.eps)
+        config = zero_config(deepspeed_config, options, next(model.parameters()).dtype)
+        with silenced():
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=rule, config=config, dist_init_required=False)
+        _begin_state(rule, members, self._engine)
+        self._grid = grid
+        self._parameters = dict(model.named_parameters())
+        self.optimizer = ZeroOptimizer(model, rule, self._engine, grid)
+
+    def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
+        """See ``Passes``."""
+        self._engine.train()
+        for pack in packs:
+            batch = pack.to(self._grid.world.device)
+            loss_sum, token_loss = self._engine(*batch.model_inputs)
+            self._engine.backward(loss_sum * (self._grid.shape.dp / denominator), scale_wrt_gas=False)
+            losses.add(token_loss, batch.loss_weight, batch.sources)
+        self._engine.step()
+        self.optimizer.updates += not self.optimizer.overflow
+
+    @torch.no_grad()
+    def evaluate(self, packs: Packs, losses: LossSums) -> None:
+        """See ``Passes``."""
+        self._engine.eval()
+        for pack in packs:
+            batch = pack.to(self._grid.world.device)
+            losses.add(self._engine(*batch.model_inputs)[1], batch.loss_weight, batch.sources)
+
+    @torch.no_grad()
+    def weight(self, name: str) -> Tensor:
+        """See ``Passes``. In stage 3 the ranks put it together."""
+        parameter = self._parameters[name]
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone() if self._engine.zero_optimization_stage() == 3 else parameter.detach()
+
+    def close(self) -> None:
+        """See ``Passes``."""
+        self._engine.destroy()
+
+
+def _begin_state(rule: AdamW, members: list[list[torch.nn.Parameter]], engine: deepspeed.DeepSpeedEngine) -> None:
+    """Give AdamW the state that it would make in its first step, and let DeepSpeed find each parameter's part of it."""
+    stage = engine.zero_optimization_stage()
+    flats = [flat for group in rule.param_groups for flat in group["params"]]
+    for flat in engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else flats:
+        rule.state[flat] = {"step": torch.zeros((), device=flat.device), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+    if stage < 3:
+        for group, parameters in zip(rule.param_groups, members, strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, group["params"][0], rule.state)
