@@ -131,7 +131,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     raise CheckpointError(f"{owned.part.name} ({kind}): the part in the checkpoint is {seen}, in the model {accepted}")
             owned.master.copy_(values.pop("master"))
             device = owned.master.device
-            self.rule.state[owned.master] = {kind: value.to(device, main_dtype(value.dtype)) for kind, value in values.items()}
+            # A part of a wider tensor may come with its strides, which torch's fused AdamW would not look at.
+            self.rule.state[owned.master] = {kind: value.to(device, main_dtype(value.dtype)).contiguous() for kind, value in values.items()}
         self.publish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

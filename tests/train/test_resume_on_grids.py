@@ -35,7 +35,7 @@ def stayed(request: pytest.FixtureRequest, run_ranks: RankPools, tmp_path_factor
 
 @pytest.mark.parametrize("journey", [("tp2", "pp2", "dp2", "dp1"), ("pp2tp2", "tp4", "pp2dp2", "pp2tp2")], ids="-".join)
 def test_a_run_goes_on_across_grids(run_ranks: RankPools, tmp_path: Path, stayed: tuple[bool, Path], journey: tuple[str, ...]) -> None:
-    tied, folder = stayed
+    tied, _ = stayed
     config = write_run(tmp_path, model__tie_embeddings=tied, **OPTIONS)
     for leg, name in enumerate(journey, start=1):
         ranks, overrides = GRIDS[name]
@@ -63,11 +63,11 @@ def test_the_export_of_any_grid_is_the_model(run_ranks: RankPools, tmp_path: Pat
 def test_weights_of_a_checkpoint_begin_a_run_on_any_grid(run_ranks: RankPools, tmp_path: Path, stayed: tuple[bool, Path]) -> None:
     """Each rank reads its own part of the exported weights."""
     _, folder = stayed
-    start = checkpoint(folder, 8)
+    start = {"model": {"init_from": str(checkpoint(folder, 8))}}
     seen = []
     for number, name in enumerate(("dp1", "pp2tp2")):
         ranks, overrides = GRIDS[name]
-        config = write_run(tmp_path / str(number), train__steps=1, train__dtype="float64", model={"init_from": str(start)})
+        config = write_run(tmp_path / str(number), schedule__warmup_steps=0, train__steps=1, train__dtype="float64", **start)
         run_ranks(ranks, train, config, overrides)
         seen.append(losses(tmp_path / str(number) / "run"))
     assert seen[1] == pytest.approx(seen[0], rel=1e-10)
