@@ -8,6 +8,7 @@ Started without a launcher it runs in one process.
 import argparse
 import os
 import sys
+import traceback
 
 from megatron_ext.config import load_config
 from megatron_ext.errors import MegatronExtError
@@ -34,7 +35,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     # DeepSpeed keeps process groups alive whose threads now and then abort the interpreter while it ends: a whole run would look failed.
     sys.stdout.flush()
     sys.stderr.flush()

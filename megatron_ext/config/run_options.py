@@ -20,6 +20,8 @@ class TrainOptions:
     """What backward computes again instead of keeping it: nothing, all but matrix products and attention, or each whole block."""
     check_replicas_every: int | None = 100
     """Compare the parameters of ranks that must hold the same every this many steps, and stop if they differ; null: never."""
+    heartbeat_timeout: float = 60.0
+    """Seconds without a sign of life from a rank after which all others end and name it."""
     threads_per_rank: int | None = None
     """CPU threads of a rank; null: the cores of the machine divided by its ranks."""
 
@@ -30,6 +32,7 @@ class TrainOptions:
             (len(given) < 2, "tokens", self.tokens, f"null, because steps is set ({self.steps}); exactly one of the two"),
             (self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1"),
             (self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1"),
+            (self.heartbeat_timeout >= 1, "heartbeat_timeout", self.heartbeat_timeout, "seconds, at least 1"),
             (
                 self.check_replicas_every is None or self.check_replicas_every >= 1,
                 "check_replicas_every",
