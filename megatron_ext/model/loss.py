@@ -45,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         token_loss = hidden.new_zeros(len(hidden), dtype=wide)
         loss_weight = loss_weight.to(wide)
-        chunk = _chunk_tokens(weight.device, split.total // group.size)
+        chunk = chunk_tokens(weight.device, split.total // group.size)
         # One buffer for all chunks: large blocks of fresh memory cost a CPU as much as the arithmetic on them.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for rows in loss_weight.nonzero().squeeze(1).split(chunk):
@@ -91,6 +91,6 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _chunk_tokens(device: torch.device, rows: int) -> int:
+def chunk_tokens(device: torch.device, rows: int) -> int:
     """Tokens of a chunk; the same on all tensor-parallel ranks, though they may hold different numbers of rows."""
     return max(SMALLEST_CHUNK, LOGITS_PER_CHUNK.get(device.type, 2**26) // rows)

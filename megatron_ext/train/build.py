@@ -18,6 +18,7 @@ from megatron_ext.kernels.varlen_attention import select_backend
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.model.init import initialize_parameter
+from megatron_ext.model.parallel_limits import check_divides
 from megatron_ext.model.placements import placements
 from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.options import OptimizerOptions
@@ -74,19 +75,21 @@ def prepare(config: RunConfig) -> Setup:
     """
     tokenizer_dir = config.tokenizer or config.model.init_from
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
-    model = _model_config(config, tokenizer)
+    model = model_config(config, tokenizer.vocab_size if tokenizer else None)
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(f"model.vocab_size is {model.vocab_size}; the tokenizer in {tokenizer_dir} has {tokenizer.vocab_size} tokens")
     mixture = build_mixture(config)
     validation = validation_sets(config.data, mixture.corpora, config.evaluation.tokens)
+    check_divides(model, config.parallel)
     setup = Setup(config, model, Path(tokenizer_dir) if tokenizer_dir else None, tokenizer, mixture, validation)
     mixture.check_epochs(setup.token_budget)
     return setup
 
 
-def _model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
+    """The model that a configuration describes; ``vocab_size`` is that of the tokenizer, None without one."""
     if config.model.init_from is None:
-        vocab_size = tokenizer.vocab_size if tokenizer else config.model.vocab_size
+        vocab_size = vocab_size or config.model.vocab_size
         assert vocab_size is not None, "the configuration has a tokenizer or a vocabulary size"
         return ModelConfig.from_options(config.model, vocab_size, config.data.sequence_length)
     return load_hf_config(config.model.init_from)

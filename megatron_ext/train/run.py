@@ -1,16 +1,19 @@
 """A run from a configuration: check, join the other ranks, train."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.config import RunConfig, dump_config, summary
+from megatron_ext.parallel.device import choose_dtype, local_device
 from megatron_ext.parallel.grid import grid_shape
 from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.shared_directory import prove_shared
 from megatron_ext.parallel.world import World, join_world, launched_ranks
 from megatron_ext.train.build import Setup, build_grid, prepare
+from megatron_ext.train.memory import largest_rank
 from megatron_ext.train.sources import CONFIG_FILE
 from megatron_ext.train.stopping import forget_request
 from megatron_ext.train.trainer import Trainer
@@ -55,6 +58,11 @@ def dry_run(config: RunConfig) -> str:
     setup = prepare(config)
     _, size = launched_ranks()
     text = summary(config, str(grid_shape(config.parallel, size)), setup.model.num_parameters())
+    shape = grid_shape(config.parallel, size)
+    dtype, _ = choose_dtype(config.train.dtype, local_device())
+    stage, memory = largest_rank(config, setup.model, shape, dtype)
+    parts = ", ".join(f"{name} {value / 2**30:.3g}" for name, value in asdict(memory).items())
+    text += f"memory           about {memory.total / 2**30:.3g} GiB of tensors on a rank of stage {stage} ({parts})\n"
     rows = []
     for corpus, share in zip(setup.mixture.corpora, setup.mixture.shares, strict=True):
         epochs = share * setup.token_budget / corpus.dataset.num_tokens

@@ -1,0 +1,148 @@
+"""How much memory a rank needs, from shapes alone, and which grids of a number of devices fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from megatron_ext.config import RunConfig
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.config import ModelConfig
+from megatron_ext.model.gpt import GPT
+from megatron_ext.model.loss import chunk_tokens
+from megatron_ext.model.parallel_limits import check_divides
+from megatron_ext.optim.sharded import BUCKET_BYTES
+from megatron_ext.parallel.grid import GridShape
+from megatron_ext.parallel.group import Group, Traffic
+from megatron_ext.parallel.options import ParallelOptions
+from megatron_ext.parallel.pipeline import Stage, balanced, stages
+from megatron_ext.parallel.tensor import TensorParallel
+
+MOMENTS = 2
+"""Moments of AdamW, each in the dtype of the master weights."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of tensors of one rank at the end of the last forward pass and after."""
+
+    parameters: int
+    gradients: int
+    """Main gradients: float32 where parameters are bfloat16."""
+    optimizer: int
+    """Master weights, where they are not the parameters themselves, and moments."""
+    activations: int
+    """What backward needs of all packs in flight."""
+    logits: int
+    """One chunk of logits, and the gradients that the loss makes while it has them."""
+    buffers: int
+    """What is on its way between ranks."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: int, dtype: torch.dtype) -> RankMemory:
+    """Memory of a rank of a pipeline stage.
+
+    Args:
+        config: of the run; its own grid does not matter.
+        model: shape of the whole model.
+        shape: the grid.
+        stage: number of the pipeline stage.
+        dtype: of parameters and activations.
+    """
+    part = _stage(config, model, shape, stage)
+    tp = TensorParallel(Group("tp", tuple(range(shape.tp)), 0, None, Traffic()), config.parallel.sequence_parallel_activations)
+    with torch.device("meta"):
+        held = GPT(model, tp=tp, stage=part)
+    elements = sum(parameter.numel() for parameter in held.parameters())
+    size, wide = dtype.itemsize, max(4, dtype.itemsize)
+    zero = 0 if config.optimizer.sharding == "whole_tensor" else int(config.optimizer.sharding[-1])
+    owned = -(-elements // shape.dp)
+    aliased = zero == 0 and dtype.itemsize >= 4
+    tokens = config.planning.tokens_per_pack or config.data.sequence_length
+    return RankMemory(
+        parameters=size * (owned if zero == 3 else elements),
+        gradients=wide * (owned if zero >= 2 else elements),
+        optimizer=wide * owned * (MOMENTS + (0 if aliased else 1)),
+        activations=_activations(config, model, shape, part, tokens, dtype) * min(shape.pp - stage, shape.pp),
+        logits=_logits(model, shape, tokens, dtype) if part.is_last else 0,
+        buffers=_buffers(model, shape, part, tokens, dtype),
+    )
+
+
+def _stage(config: RunConfig, model: ModelConfig, shape: GridShape, stage: int) -> Stage:
+    given = config.parallel.layers_per_stage
+    fits = given is not None and len(given) == shape.pp
+    layers = given if fits else balanced(model.num_layers, shape.pp, model.block_parameters, *[model.embedding_parameters] * 2)
+    return stages(layers)[stage]
+
+
+def _activations(config: RunConfig, model: ModelConfig, shape: GridShape, part: Stage, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of one pack. Counted in the code of the model: see the tests, which measure."""
+    size = dtype.itemsize
+    outside = -(-tokens // shape.tp) if config.parallel.sequence_parallel_activations else tokens
+    heads, keys = model.num_heads // shape.tp, max(1, model.num_kv_heads // shape.tp)
+    queries, keys = heads * model.head_dim, keys * model.head_dim
+    channels = model.intermediate_size // shape.tp
+    stream = outside * model.hidden_size * size
+    entered = tokens * model.hidden_size * size
+    # Attention keeps q, k, v and its output for itself and for the projections around it; a number a query for the softmax.
+    attention = tokens * (2 * queries + 2 * keys) * size + tokens * heads * max(4, size)
+    attention += 2 * tokens * (queries + keys) * size if model.qk_norm else 0
+    products = tokens * (queries + 2 * keys + model.hidden_size + 2 * channels + model.hidden_size) * size + tokens * queries * size
+    by_block = {
+        "full": stream,
+        "selective": stream + products,
+        # Both norms keep their input and give theirs to the projections; the gate keeps both sides, its activation and the product.
+        "none": 2 * stream + 2 * entered + attention + 4 * tokens * channels * size,
+    }
+    kept = len(part.layers) * by_block[config.train.activation_checkpointing]
+    angles = 2 * tokens * model.head_dim * size
+    ends = tokens * 8 * part.is_first + (2 * stream + entered) * part.is_last
+    return kept + angles + ends
+
+
+def _logits(model: ModelConfig, shape: GridShape, tokens: int, dtype: torch.dtype) -> int:
+    rows = -(-model.vocab_size // shape.tp)
+    chunk = min(tokens, chunk_tokens(torch.device("cpu"), model.vocab_size // shape.tp))
+    wide = max(4, dtype.itemsize)
+    copies = 2 if wide > dtype.itemsize else 1
+    gradients = rows * model.hidden_size * (wide + (dtype.itemsize if copies == 2 else 0)) + tokens * model.hidden_size * dtype.itemsize
+    return chunk * rows * (wide + (dtype.itemsize if copies == 2 else 0)) + gradients
+
+
+def _buffers(model: ModelConfig, shape: GridShape, part: Stage, tokens: int, dtype: torch.dtype) -> int:
+    buckets = 2 * BUCKET_BYTES if shape.dp > 1 else 0
+    ends = 2 - part.is_first - part.is_last
+    return buckets + 2 * ends * tokens * model.hidden_size * dtype.itemsize
+
+
+def grids(config: RunConfig, model: ModelConfig, devices: int) -> Iterator[GridShape]:
+    """Every grid of ``devices`` ranks that the model can be divided by, the ones with most data parallelism first."""
+    zero = config.optimizer.sharding != "whole_tensor"
+    shapes = [
+        GridShape(pp, devices // tp // pp, tp)
+        for tp in range(1, devices + 1)
+        for pp in range(1, devices // tp + 1)
+        if devices % (tp * pp) == 0 and not (zero and tp * pp > 1)
+    ]
+    for shape in sorted(shapes, key=lambda shape: (-shape.dp, shape.pp)):
+        try:
+            check_divides(model, ParallelOptions(tp=shape.tp, pp=shape.pp))
+        except ConfigError:
+            continue
+        yield shape
+
+
+def largest_rank(config: RunConfig, model: ModelConfig, shape: GridShape, dtype: torch.dtype) -> tuple[int, RankMemory]:
+    """The pipeline stage that needs most, and what it needs."""
+    fitted = replace(config.parallel, tp=shape.tp, pp=shape.pp, layers_per_stage=None, sequence_parallel_activations=False)
+    keeps = config.parallel.sequence_parallel_activations and shape.tp > 1
+    parallel = replace(fitted, sequence_parallel_activations=keeps)
+    on_grid = config.model_copy(update={"parallel": parallel})
+    memories = [(stage, rank_memory(on_grid, model, shape, stage, dtype)) for stage in range(shape.pp)]
+    return max(memories, key=lambda each: each[1].total)

@@ -1,0 +1,130 @@
+"""Estimated bytes against those of the tensors that a model and its optimizer really hold."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.config import RunConfig, load_config
+from megatron_ext.model.config import ModelConfig
+from megatron_ext.model.gpt import GPT
+from megatron_ext.model.placements import placements
+from megatron_ext.optim.adamw import AdamW, decay_groups
+from megatron_ext.optim.main_gradients import MainGradients
+from megatron_ext.optim.sharded import ShardedOptimizer
+from megatron_ext.parallel.grid import Grid, GridShape
+from megatron_ext.parallel.options import ParallelOptions
+from megatron_ext.parallel.pipeline import stages
+from megatron_ext.parallel.tensor import TensorParallel
+from megatron_ext.parallel.world import World
+from megatron_ext.train.memory import grids, largest_rank, rank_memory
+from tests.distributed import RankPools
+from tests.train.tiny_run import write_run
+
+MODEL = ModelConfig(512, 64, 160, 4, 8, 4, 8, 256)
+TOKENS = 192
+
+
+def config_of(path: str, *overrides: str) -> RunConfig:
+    return load_config(path, [f"data.sequence_length={TOKENS}", "data.tokens_per_step=1024", *overrides])
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_run(tmp_path_factory.mktemp("memory")))
+
+
+def held_for_backward(model: GPT) -> int:
+    """Bytes of all storages, parameters left out, that are kept when a pack of one document has passed the blocks and not yet the loss."""
+    ours = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    before = {id(o) for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = torch.zeros(TOKENS, dtype=torch.int64)
+    boundaries = torch.tensor([0, TOKENS], dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pack = model.context(torch.arange(TOKENS), boundaries, TOKENS)
+        x = model.embed(tokens) if model.stage.is_first else torch.zeros(TOKENS, MODEL.hidden_size, requires_grad=True)
+        x = model.blocks(x, pack)
+        out = model.head_input(x, TOKENS) if model.stage.is_last else x
+    # What selective recomputation keeps lies in dictionaries of Python, not in autograd's graph.
+    cached = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and id(o) not in before and not isinstance(o, torch.nn.Parameter)]
+    for tensor in [*cached, out]:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(size for pointer, size in saved.items() if pointer not in ours)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("model", [MODEL, replace(MODEL, qk_norm=True), replace(MODEL, num_kv_heads=8, intermediate_size=64)])
+def test_activations_are_those_that_autograd_keeps(path: str, recompute: str, model: ModelConfig) -> None:
+    config = config_of(path, f"train.activation_checkpointing={recompute}")
+    measured = held_for_backward(GPT(model, "sdpa", recompute))
+    assert rank_memory(config, model, GridShape(1, 1, 1), 0, torch.float32).activations == pytest.approx(measured, rel=0.1)
+
+
+def states_on(world: World, shape: GridShape, dtype: torch.dtype, shard_tokens: bool) -> tuple[int, int, int]:
+    """Bytes of parameters, main gradients and optimizer of this rank after a step."""
+    grid = Grid(world, shape)
+    model = GPT(MODEL, "sdpa", tp=TensorParallel(grid.tp, shard_tokens), stage=stages([2] * shape.pp if shape.pp > 1 else [4])[grid.stage])
+    model.reset_parameters(0)
+    model.to(dtype)
+    where = placements(model, grid, False)
+    optimizer = ShardedOptimizer(dict(model.named_parameters()), where, lambda owned: AdamW(decay_groups(owned, 0.1)), grid, 1.0)
+    for parameter in model.parameters():
+        parameter.sum().backward()
+    gradients: MainGradients = optimizer.gradients
+    main = sum(gradients[name].nbytes for name in where)
+    optimizer.step()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    tensors = [owned.master.detach() for owned in optimizer.owned]
+    tensors += [t for state in optimizer.rule.state.values() for t in state.values() if t.ndim]
+    held = sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage().data_ptr() not in own)
+    return sum(parameter.nbytes for parameter in model.parameters()), main, held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [GridShape(1, 1, 1), GridShape(1, 2, 1), GridShape(1, 1, 2), GridShape(2, 1, 1)], ids=str)
+def test_states_are_those_of_the_optimizer(run_ranks: RankPools, path: str, shape: GridShape, dtype: torch.dtype) -> None:
+    config = config_of(path, f"parallel.pp={shape.pp}", "parallel.layers_per_stage=" + ("[2, 2]" if shape.pp == 2 else "null"))
+    for rank, measured in enumerate(run_ranks(shape.size, states_on, shape, dtype, False)):
+        memory = rank_memory(config, MODEL, shape, shape.coordinates(rank)[0], dtype)
+        assert (memory.parameters, memory.gradients, memory.optimizer) == pytest.approx(measured, rel=0.1)
+
+
+def test_more_division_needs_less(path: str) -> None:
+    totals = [
+        largest_rank(config_of(path), MODEL, shape, torch.bfloat16)[1]
+        for shape in (GridShape(1, 1, 1), GridShape(2, 1, 1), GridShape(1, 1, 2))
+    ]
+    assert totals[0].parameters > totals[1].parameters and totals[0].parameters > 1.9 * totals[2].parameters
+    zero = {
+        stage: largest_rank(config_of(path, f"optimizer.sharding={stage}"), MODEL, GridShape(1, 4, 1), torch.bfloat16)[1]
+        for stage in ("zero1", "zero2", "zero3")
+    }
+    assert zero["zero1"].gradients > 3.9 * zero["zero2"].gradients and zero["zero2"].parameters > 3.9 * zero["zero3"].parameters
+
+
+def test_grids_are_those_that_divide(path: str) -> None:
+    found = list(grids(config_of(path), MODEL, 8))
+    assert found[0] == GridShape(1, 8, 1) and GridShape(1, 1, 8) in found and GridShape(8, 1, 1) not in found
+    assert all(shape.size == 8 for shape in found)
+    assert list(grids(config_of(path, "optimizer.sharding=zero2"), MODEL, 8)) == [GridShape(1, 8, 1)]
+    assert all(ParallelOptions(tp=shape.tp, pp=shape.pp) for shape in found)
+
+
+def test_the_tool_marks_what_fits(path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import estimate_memory
+
+    monkeypatch.setattr("sys.argv", ["estimate_memory.py", "--config", path, "--devices", "4", "--gib", "0.02", "model.num_layers=16"])
+    assert estimate_memory.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["grid", "stage"]
+    marks = [line.endswith("fits") for line in lines[1:]]
+    assert marks == sorted(marks, reverse=True) and 0 < sum(marks) < len(marks)
+    assert Path(path).exists()
