@@ -41,10 +41,11 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.parallel.device import DTYPES, choose_dtype, local_device, synchronize
+from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.world import join_world
 from megatron_ext.planning import plan_step
 from megatron_ext.train.build import build_optimizer
-from megatron_ext.train.engine import Engine
+from megatron_ext.train.engine import owner_engine
 
 Documents = list[torch.Tensor]
 IGNORED = -100
@@ -152,7 +153,8 @@ def our_step(setting: Setting) -> Step:
     model = GPT(config, backend).to(world.device)
     model.load_state_dict(first_weights(config))
     model.to(dtype)
-    optimizer = build_optimizer(model, OptimizerOptions(weight_decay=0.01, betas=(0.9, 0.999)), world)
+    grid = Grid(world, GridShape(1, 1, 1))
+    optimizer = build_optimizer(model, OptimizerOptions(weight_decay=0.01, betas=(0.9, 0.999)), grid)
     optimizer.set_learning_rate(1e-4)
     deepspeed_config = {
         "train_batch_size": 1,
@@ -160,11 +162,11 @@ def our_step(setting: Setting) -> Step:
         "zero_optimization": {"stage": 0},
         "steps_per_print": 2**62,
     }
-    engine = Engine(model, optimizer, world, deepspeed_config, 1)
+    engine = owner_engine(model, optimizer, grid, deepspeed_config, 1)
 
     def step(documents: Documents) -> float:
         plan = plan_step([len(d) for d in documents], 1, tokens_per_pack=setting.budget)
-        packs = (_pack([documents[piece.document] for piece in pack.slices]) for pack in plan.packs)
+        packs = [pack_of([documents[piece.document] for piece in pack.slices]) for pack in plan.packs]
         return engine.step(packs, sum(len(d) - 1 for d in documents), torch.zeros(0, dtype=torch.float64)).loss
 
     return step
@@ -195,7 +197,7 @@ def work(name: str, setting: Setting, steps: list[Documents], connection: Connec
         connection.send(time.perf_counter() - begin)
 
 
-def _pack(documents: Documents) -> PackedBatch:
+def pack_of(documents: Documents) -> PackedBatch:
     lengths = torch.tensor([len(d) for d in documents])
     tokens = torch.cat(documents)
     ends = torch.cumsum(lengths, 0)

@@ -20,6 +20,7 @@ from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from tests.distributed import RankPools
 
+SHAPES = [GridShape(1, 1, 1), GridShape(1, 2, 2), GridShape(1, 1, 4), GridShape(2, 1, 2), GridShape(3, 1, 1)]
 MODEL = ModelConfig(51, 16, 24, 3, 4, 2, 4, 64, tie_embeddings=True)
 
 
