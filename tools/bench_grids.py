@@ -63,6 +63,7 @@ def set_up(world: World, state: State, name: str, model_config: ModelConfig, pac
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": shape.pp > 1,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        "gradient_clipping": 0.0,
         "steps_per_print": 2**62,
     }
     state["engine"] = owner_engine(model, optimizer, grid, config, 1)

@@ -159,6 +159,7 @@ def our_step(setting: Setting) -> Step:
     deepspeed_config = {
         "train_batch_size": 1,
         "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 0},
         "steps_per_print": 2**62,
     }
