@@ -75,3 +75,19 @@ def test_what_is_no_plan_is_refused(encoded: list[int]) -> None:
 def test_a_wrong_plan_names_what_is_wrong(packs: list[Pack], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Plan(4, tuple(packs)).validate(LENGTHS, tokens_per_pack=10)
+
+
+BLOCKS = st.lists(st.tuples(st.integers(0, 7), st.sampled_from([1, 2, 4])), max_size=20)
+
+
+@given(blocks=BLOCKS, at_least=st.integers(0, 3))
+def test_in_rounds_every_rank_has_as_many_packs_and_a_block_meets(blocks: list[tuple[int, int]], at_least: int) -> None:
+    packs = tuple(Pack(rank // degree * degree, degree, (Slice(number, 0, 1),)) for number, (rank, degree) in enumerate(blocks))
+    plan = Plan(8, packs)
+    rounds = [plan.rounds_of(rank, at_least) for rank in range(8)]
+    assert len({len(each) for each in rounds}) == 1 and len(rounds[0]) >= at_least
+    for rank, each in enumerate(rounds):
+        assert [pack for pack in each if pack.slices] == plan.packs_of(rank), "the same packs in the same order"
+        assert all(pack == Pack(rank, 1, ()) for pack in each if not pack.slices), "those without work have no tokens"
+    for pack in packs:
+        assert len({rounds[rank].index(pack) for rank in pack.ranks}) == 1, "all ranks of a block come to it in the same round"
