@@ -22,7 +22,7 @@ GRIDS = {
     "dp2": (2, []),
     "tp2": (2, ["parallel.tp=2"]),
     "tp4": (4, ["parallel.tp=4", "parallel.sequence_parallel_activations=true"]),
-    "pp2": (2, ["parallel.pp=2"]),
+    "pp2": (2, ["parallel.pp=2", "parallel.partition=time"]),
     "pp2dp2": (4, ["parallel.pp=2", "parallel.layers_per_stage=[0, 2]"]),
     "pp2tp2": (4, ["parallel.pp=2", "parallel.tp=2", "train.activation_checkpointing=full"]),
 }
