@@ -34,6 +34,7 @@ from megatron_ext.parallel.placement import Placement, whole_box
 from megatron_ext.train.deepspeed_setup import join_deepspeed, silenced
 from megatron_ext.train.losses import LossSums
 from megatron_ext.train.packs import Packs
+from megatron_ext.train.passes import WholePasses
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -132,7 +133,7 @@ class ZeroOptimizer:
             state["step"].copy_(step)
 
 
-class ZeroPasses:
+class ZeroPasses(WholePasses):
     """See ``Passes``. Arguments as of ``Engine``, with the options of the optimizer, which DeepSpeed makes its own of."""
 
     in_step = True
@@ -146,28 +147,15 @@ class ZeroPasses:
         with silenced():
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=rule, config=config, dist_init_required=False)
         _begin_state(rule, members, self._engine)
-        self._grid = grid
+        self._data_ranks = grid.shape.dp
+        self._device = grid.world.device
         self._parameters = dict(model.named_parameters())
         self.optimizer = ZeroOptimizer(model, rule, self._engine, grid)
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """See ``Passes``."""
-        self._engine.train()
-        for pack in packs:
-            batch = pack.to(self._grid.world.device)
-            loss_sum, token_loss = self._engine(*batch.model_inputs)
-            self._engine.backward(loss_sum * (self._grid.shape.dp / denominator), scale_wrt_gas=False)
-            losses.add(token_loss, batch.loss_weight, batch.sources)
-        self._engine.step()
+        super().train(packs, denominator / self._data_ranks, losses)
         self.optimizer.updates += not self.optimizer.overflow
-
-    @torch.no_grad()
-    def evaluate(self, packs: Packs, losses: LossSums) -> None:
-        """See ``Passes``."""
-        self._engine.eval()
-        for pack in packs:
-            batch = pack.to(self._grid.world.device)
-            losses.add(self._engine(*batch.model_inputs)[1], batch.loss_weight, batch.sources)
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
@@ -175,10 +163,6 @@ class ZeroPasses:
         parameter = self._parameters[name]
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone() if self._engine.zero_optimization_stage() == 3 else parameter.detach()
-
-    def close(self) -> None:
-        """See ``Passes``."""
-        self._engine.destroy()
 
 
 def _begin_state(rule: AdamW, members: list[list[torch.nn.Parameter]], engine: deepspeed.DeepSpeedEngine) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.sbatch"
 FAKES = {
-    "scontrol": 'printf "node%s\\n" 7 9\n',
+    # Two writes, as a long list of nodes takes: a reader that leaves after the first line breaks the pipe.
+    "scontrol": "echo node7; sleep 0.1; echo node9\n",
     "srun": 'shift; for id in 0 1; do SLURM_NODEID=$id "$@"; done\n',
     "deepspeed": 'cat "$2"; echo "$@"\n',
 }
