@@ -43,7 +43,7 @@ from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.parallel.device import DTYPES, choose_dtype, local_device, synchronize
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.world import join_world
-from megatron_ext.planning import plan_step
+from megatron_ext.planning import CostModel, plan_step
 from megatron_ext.train.build import build_optimizer
 from megatron_ext.train.engine import owner_engine
 
@@ -125,7 +125,7 @@ def packed_batches(budget: int) -> Callable[[Documents], Iterator[dict]]:
     """Best-fit packs with a block-diagonal mask that transformers is given ready-made."""
 
     def batches(documents: Documents) -> Iterator[dict]:
-        for pack in plan_step([len(d) for d in documents], 1, tokens_per_pack=budget).packs:
+        for pack in plan_step([len(d) for d in documents], 1, CostModel(budget)).packs:
             chosen = [documents[piece.document] for piece in pack.slices]
             ids = torch.cat(chosen)
             document = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(d) for d in chosen]))
@@ -166,7 +166,7 @@ def our_step(setting: Setting) -> Step:
     engine = owner_engine(model, optimizer, grid, deepspeed_config, 1)
 
     def step(documents: Documents) -> float:
-        plan = plan_step([len(d) for d in documents], 1, tokens_per_pack=setting.budget)
+        plan = plan_step([len(d) for d in documents], 1, CostModel(setting.budget))
         packs = [pack_of([documents[piece.document] for piece in pack.slices]) for pack in plan.packs]
         return engine.step(packs, sum(len(d) - 1 for d in documents), torch.zeros(0, dtype=torch.float64)).loss
 

@@ -38,8 +38,8 @@ class StepResult:
 class Passes(Protocol):
     """Forward and backward of packs through the layers of this rank, on an engine of DeepSpeed."""
 
-    in_step: bool
-    """Every data rank must be given the same number of packs, at least one."""
+    in_rounds: bool
+    """Data ranks wait for each other between packs: plans must be in rounds, of at least one."""
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """Accumulate the gradients of the sum of losses over ``denominator``, then take the optimizer's step."""
@@ -84,9 +84,14 @@ class Engine:
         self.grid = grid
         self._num_sources = num_sources
 
+    @property
+    def in_rounds(self) -> bool:
+        """Plans must be in rounds, of at least one."""
+        return self._passes.in_rounds
+
     def packs_of(self, plan: Plan) -> list[Pack]:
         """What this rank computes of a plan."""
-        return plan.rounds_of(self.grid.dp.rank, at_least=1) if self._passes.in_step else plan.packs_of(self.grid.dp.rank)
+        return plan.packs_of(self.grid.dp.rank)
 
     def step(self, packs: Packs, step_loss_tokens: int, flags: torch.Tensor) -> StepResult:
         """Accumulate the gradients of ``packs`` and update.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_ext.data.validation import ValidationSet
-from megatron_ext.planning import plan_step
+from megatron_ext.planning import CostModel, plan_step
 from megatron_ext.train.engine import Engine
 from megatron_ext.train.packs import PlannedPacks
 
@@ -29,7 +29,8 @@ def evaluate(engine: Engine, sets: list[ValidationSet], tokens_per_pack: int, vo
     """
     results = []
     for each in sets:
-        plan = plan_step([len(piece) for piece in each.pieces], engine.grid.shape.dp, tokens_per_pack=tokens_per_pack)
+        lengths = [len(piece) for piece in each.pieces]
+        plan = plan_step(lengths, engine.grid.shape.dp, CostModel(tokens_per_pack), in_rounds=engine.in_rounds)
         loss, tokens = engine.evaluate(PlannedPacks(engine.packs_of(plan), each.pieces, [each.corpus], vocab_size))
         results.append(EvaluationResult(each.name, each.split, loss / max(1.0, tokens), int(tokens)))
     return results

@@ -21,7 +21,7 @@ from megatron_ext.train.packs import Packs
 class WholePasses:
     """See ``Passes``. The arguments are those of ``Engine``."""
 
-    in_step = False
+    in_rounds = False
 
     def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
         join_deepspeed(grid.world)

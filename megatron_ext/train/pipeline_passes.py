@@ -90,7 +90,7 @@ class PipelineLoss:
 class PipelinePasses:
     """See ``Passes``. The arguments are those of ``Engine``."""
 
-    in_step = True
+    in_rounds = True
 
     def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
         join_deepspeed(grid.world)

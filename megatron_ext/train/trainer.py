@@ -19,7 +19,7 @@ from megatron_ext.optim.main_gradients import main_dtype
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
-from megatron_ext.planning import Plan, plan_step
+from megatron_ext.planning import CostModel, Plan, plan_step
 from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.console import Console
 from megatron_ext.train.engine import StepResult
@@ -91,7 +91,7 @@ class Trainer:
         pieces = self.setup.mixture.take(self.config.data.tokens_per_step)
         lengths = [len(piece) for piece in pieces]
         policy = self.config.planning.policy
-        plan = plan_step(lengths, self.grid.shape.dp, tokens_per_pack=self.setup.tokens_per_pack, policy=policy)
+        plan = plan_step(lengths, self.grid.shape.dp, CostModel(self.setup.tokens_per_pack), policy, in_rounds=self.engine.in_rounds)
         self.step += 1
         lr = self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step, self.total_steps)
         self.optimizer.set_learning_rate(lr)

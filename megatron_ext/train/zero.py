@@ -136,7 +136,7 @@ class ZeroOptimizer:
 class ZeroPasses(WholePasses):
     """See ``Passes``. Arguments as of ``Engine``, with the options of the optimizer, which DeepSpeed makes its own of."""
 
-    in_step = True
+    in_rounds = True
 
     def __init__(self, model: GPT, options: OptimizerOptions, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
         join_deepspeed(grid.world)

@@ -15,7 +15,7 @@ from megatron_ext.data.options import SourceOptions
 from megatron_ext.errors import DataError
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
-from megatron_ext.planning import Pack, Slice, plan_step
+from megatron_ext.planning import CostModel, Pack, Slice, plan_step
 from tests.train.tiny_run import VOCAB, random_documents, write_corpus
 
 SEQUENCE = 16
@@ -69,7 +69,7 @@ def test_dtypes_are_as_documented(corpora: list[Corpus]) -> None:
 def test_cutting_loses_no_label(corpora: list[Corpus]) -> None:
     """Over a whole epoch every token but the first of each document is a label once, in documents cut anywhere."""
     pieces = pieces_of(corpora)
-    plan = plan_step([len(piece) for piece in pieces], 1, tokens_per_pack=40)
+    plan = plan_step([len(piece) for piece in pieces], 1, CostModel(40))
     batches = [read_pack(pack, pieces, corpora, VOCAB) for pack in plan.packs]
     labelled = sum(int(batch.loss_weight.sum()) for batch in batches)
     assert labelled == sum(max(0, corpus.length(d) - 1) for corpus in corpora for d in range(len(corpus)))

@@ -19,7 +19,7 @@ from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.world import World
-from megatron_ext.planning import Plan, plan_step
+from megatron_ext.planning import CostModel, Plan, plan_step
 from megatron_ext.train.build import build_optimizer
 from megatron_ext.train.engine import Engine, StepResult, owner_engine
 from tests.distributed import RankPools
@@ -86,7 +86,7 @@ def gradients_by_packs(
     model = build(dtype, tied)
     optimizer = owner_optimizer(model.named_parameters(), RecordingRule, world)
     engine = engine_of(world, model, optimizer, corpus)
-    result = step_by(engine, world, plan_step([len(p) for p in pieces], world.size, tokens_per_pack=tokens_per_pack), pieces, corpus)
+    result = step_by(engine, world, plan_step([len(p) for p in pieces], world.size, CostModel(tokens_per_pack)), pieces, corpus)
     engine.close()
     return result.loss, [(o.part.name, o.part.box[0][0], seen) for o, seen in zip(optimizer.owned, optimizer.rule.seen, strict=True)]
 
@@ -198,7 +198,7 @@ def weights_after_steps(world: World, prefix: str, tokens_per_pack: int, clip_no
     engine = engine_of(world, model, optimizer, corpus)
     norms = []
     for pieces in halves(corpus):
-        plan = plan_step([len(p) for p in pieces], world.size, tokens_per_pack=tokens_per_pack)
+        plan = plan_step([len(p) for p in pieces], world.size, CostModel(tokens_per_pack))
         norms.append(step_by(engine, world, plan, pieces, corpus).grad_norm)
     engine.close()
     return norms, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -235,7 +235,7 @@ def flags_and_sources(world: World, prefix: str) -> StepResult:
     model = build(torch.float64)
     optimizer = owner_optimizer(model.named_parameters(), RecordingRule, world)
     engine = engine_of(world, model, optimizer, corpora[0], num_sources=2)
-    plan = plan_step([len(p) for p in pieces], world.size, tokens_per_pack=64)
+    plan = plan_step([len(p) for p in pieces], world.size, CostModel(64))
     packs = [read_pack(pack, pieces, corpora, VOCAB) for pack in plan.packs_of(world.rank)]
     result = engine.step(packs, 1000, torch.tensor([float(world.rank), 1.0], dtype=torch.float64))
     engine.close()
