@@ -14,7 +14,7 @@ from megatron_ext.planning import Pack
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Documents one after another, without padding. T tokens, D documents."""
+    """Documents one after another, without padding: this rank's T tokens of a pack of D documents."""
 
     tokens: torch.Tensor
     """int64 [T]."""
@@ -23,13 +23,17 @@ class PackedBatch:
     positions: torch.Tensor
     """int32 [T]: restart at 0 at each document."""
     cu_seqlens: torch.Tensor
-    """int32 [D + 1]: where documents begin and end."""
+    """int32 [D + 1]: where the documents begin and end in the whole pack."""
     loss_weight: torch.Tensor
     """float32 [T]."""
     sources: torch.Tensor
     """int64 [T]: number of the source that each token comes from."""
     max_seqlen: int
     """Tokens of the longest document."""
+    shard_tokens: tuple[int, ...] = ()
+    """Tokens of each of the ranks that divide the heads of the pack; empty: this rank has them all."""
+    chunks: tuple[tuple[int, ...], ...] = ()
+    """Around a ring, for each document, the tokens of each of its chunks."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on ``device``."""
@@ -38,15 +42,16 @@ class PackedBatch:
 
     @property
     def model_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor]:
-        """What ``GPT.forward`` takes, in order."""
+        """What ``GPT.forward`` takes, in order, but for who shares the pack."""
         return self.tokens, self.positions, self.cu_seqlens, self.max_seqlen, self.labels, self.loss_weight
 
 
-def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vocab_size: int) -> PackedBatch:
-    """Read the documents of one pack from disk.
+def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vocab_size: int, place: int = 0) -> PackedBatch:
+    """Read one rank's part of the documents of one pack from disk.
 
     Args:
         pack: slices that refer to ``pieces``.
+        place: of the rank in the pack's block.
         pieces: the pieces of the step.
         corpora: the sources that the pieces refer to.
         vocab_size: rows of the embedding.
@@ -55,11 +60,12 @@ def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vo
         DataError: a token is not in the vocabulary, with the file and the document.
     """
     lengths = [len(piece) for piece in pack.slices]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    total = int(cu_seqlens[-1])
+    shard = pack.shard(place)
+    ends = np.cumsum([0, *(len(part) for part in shard.slices)])
+    total = int(ends[-1])
     tokens, labels, positions, sources = (np.zeros(total, dtype=np.int64) for _ in range(4))
     loss_weight = np.zeros(total, dtype=np.float32)
-    for begin, end, part in zip(cu_seqlens[:-1], cu_seqlens[1:], pack.slices, strict=True):
+    for begin, end, part in zip(ends[:-1], ends[1:], shard.slices, strict=True):
         piece = pieces[part.document]
         labelled = part.stop < len(piece) or piece.has_next
         read = _read(corpora[piece.source], piece, part.start, part.stop + labelled, vocab_size)
@@ -73,10 +79,12 @@ def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vo
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions.astype(np.int32)),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
         loss_weight=torch.from_numpy(loss_weight),
         sources=torch.from_numpy(sources),
         max_seqlen=max(lengths, default=0),
+        shard_tokens=shard.tokens if pack.degree > 1 else (),
+        chunks=shard.chunks,
     )
 
 

@@ -1,5 +1,7 @@
 """Causal self-attention inside each document of a pack, with grouped queries and rotary positions."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from megatron_ext.kernels.varlen_attention import varlen_attention
@@ -7,6 +9,7 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.rope import apply_rope
+from megatron_ext.parallel.sequence import shared_attention
 from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel
 
 
@@ -37,7 +40,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, pack.cos, pack.sin), apply_rope(k, pack.cos, pack.sin)
-        out = varlen_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, backend=self.backend)
+        attend = partial(varlen_attention, cu_seqlens=pack.cu_seqlens, max_seqlen=pack.max_seqlen, backend=self.backend)
+        out = shared_attention(q, k, v, pack.sharing, attend)
         return self.tp.leave(self.o_proj(out.flatten(1)))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -4,21 +4,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_ext.parallel.sequence import Sharing
+
 
 @dataclass(frozen=True)
 class PackContext:
     """The documents of a pack and the angles of its positions."""
 
     cu_seqlens: Tensor
-    """First token of each document, and the number of tokens: int32 [documents + 1]."""
+    """First token of each document in the whole pack, and the number of its tokens: int32 [documents + 1]."""
     max_seqlen: int
     """Tokens of the longest document, or more."""
+    sharing: Sharing | None
+    """The ranks that have the other tokens of the pack; None: this one has them all."""
     cos: Tensor
-    """Cosines of ``rope_tables`` [T, head_dim]."""
+    """Cosines of ``rope_tables`` [T, head_dim], T this rank's tokens."""
     sin: Tensor
     """Signed sines of ``rope_tables`` [T, head_dim]."""
 
     @property
     def tokens(self) -> int:
-        """T, the tokens of the pack."""
+        """T, this rank's tokens of the pack."""
         return len(self.cos)

@@ -14,6 +14,7 @@ from megatron_ext.model.placements import parameter_boxes
 from megatron_ext.model.rope import rope_tables
 from megatron_ext.parallel.pipeline import Stage, whole_model
 from megatron_ext.parallel.placement import slices, whole_box
+from megatron_ext.parallel.sequence import Sharing
 from megatron_ext.parallel.tensor import ColumnLinear, TensorParallel, VocabularyEmbedding, single
 
 
@@ -74,11 +75,11 @@ class GPT(nn.Module):
             with torch.no_grad():
                 parameters[name].copy_(whole[slices(box, whole_box(shape))])
 
-    def context(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> PackContext:
+    def context(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, sharing: Sharing | None = None) -> PackContext:
         """What the blocks need to know of a pack; arguments as in ``forward``."""
         dtype = next(self.parameters()).dtype
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
-        return PackContext(cu_seqlens, max_seqlen, cos, sin)
+        return PackContext(cu_seqlens, max_seqlen, sharing, cos, sin)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Residual stream [T, hidden] of ``tokens`` int [T], as it is outside a tensor-parallel region. Only on the first stage."""
@@ -107,16 +108,24 @@ class GPT(nn.Module):
         return F.linear(self.head_input(x, len(tokens)), self.head_weight)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, labels: Tensor, loss_weight: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        labels: Tensor,
+        loss_weight: Tensor,
+        sharing: Sharing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss of a pack, where one stage has all layers.
+        """Loss of a pack, or of this rank's tokens of it, where one stage has all layers.
 
-        ``tokens`` int [T]; ``positions`` int [T], from 0 in each document; ``cu_seqlens`` int32 [documents + 1], from 0 to T;
-        ``max_seqlen`` at least the longest document; ``labels`` int64 [T]; ``loss_weight`` float32 [T]. T may be 0. Returns the sum of
+        ``tokens`` int [T]; ``positions`` int [T], from 0 in each document; ``cu_seqlens`` int32 [documents + 1], from 0 to the tokens
+        of the whole pack; ``max_seqlen`` at least the longest document; ``labels`` int64 [T]; ``loss_weight`` float32 [T]; ``sharing``:
+        who has the other tokens, None if the pack is T tokens. T may be 0. Returns the sum of
         ``loss_weight`` times cross-entropy (differentiable) and the unweighted cross-entropy of each token [T] (0 where the weight
         is 0), float32, or float64 for a float64 model; the same on every tensor-parallel rank.
         """
-        x = self.blocks(self.embed(tokens), self.context(positions, cu_seqlens, max_seqlen))
+        x = self.blocks(self.embed(tokens), self.context(positions, cu_seqlens, max_seqlen, sharing))
         return self.loss(x, labels, loss_weight)
 
 

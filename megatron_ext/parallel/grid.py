@@ -75,8 +75,8 @@ class Grid:
     shape: GridShape
     kv_copies: int = 1
     traffic: Traffic = field(default_factory=Traffic)
-    _divisions: dict[tuple[int, ...], Group] = field(default_factory=dict, repr=False)
-    """This rank's group of every division of the world, by the first rank of each rank's group."""
+    _divisions: dict[tuple[bool, tuple[int, ...]], Group] = field(default_factory=dict, repr=False)
+    """This rank's group of every division of the world: by whether it is for packs, and by the first rank of each rank's group."""
 
     def __post_init__(self) -> None:
         assert self.shape.size == self.world.size, "the shape was made for this world"
@@ -130,15 +130,25 @@ class Grid:
         block = self._divide("block", lambda p, d, t: (p, t, d // degree if d < full else -1 - d))
         return block if block.size == degree else None
 
+    def ring(self, degree: int, size: int) -> Group | None:
+        """The ``size`` ranks of this rank's ``block(degree)`` that have its place among the ``degree / size`` neighbours; as ``block``."""
+        full, neighbours = self.shape.dp // degree * degree, degree // size
+        ring = self._divide("ring", lambda p, d, t: (p, t, d // degree, d % neighbours) if d < full else (p, t, -1 - d, 0))
+        return ring if ring.size == size else None
+
     def group(self, axis: str, ranks: tuple[int, ...]) -> Group:
         """The existing group of ``ranks``, this one included, whose traffic is to be counted under ``axis``."""
-        return next(replace(group, axis=axis) for group in self._divisions.values() if group.ranks == ranks)
+        return next(replace(group, axis=axis) for (packs, _), group in self._divisions.items() if group.ranks == ranks and not packs)
 
     def _divide(self, axis: str, key: Callable[[int, int, int], Hashable]) -> Group:
-        """Divide the world into groups of ranks whose coordinates (pp, dp, tp) have equal keys; returns this rank's."""
+        """Divide the world into groups of ranks whose coordinates (pp, dp, tp) have equal keys; returns this rank's.
+
+        Packs have groups of their own, even where a line of the grid has the same ranks: ranks that share one pack need not share the
+        next, and so meet in packs and in the reduction of gradients, which goes on beside, in different orders.
+        """
         keys = [key(*self.shape.coordinates(rank)) for rank in range(self.world.size)]
-        division = tuple(keys.index(each) for each in keys)
-        ranks = tuple(rank for rank, first in enumerate(division) if first == division[self.world.rank])
+        division = (axis in ("block", "ring"), tuple(keys.index(each) for each in keys))
+        ranks = tuple(rank for rank, first in enumerate(division[1]) if first == division[1][self.world.rank])
         if division not in self._divisions:
             anyone_has_others = len(set(keys)) < self.world.size
             handle = dist.new_group(list(ranks), use_local_synchronization=True) if anyone_has_others else None

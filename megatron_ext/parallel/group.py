@@ -1,6 +1,7 @@
 """Some ranks of the world and their collectives, each of which counts what it sends."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -73,6 +74,18 @@ class Group:
         _reduce_scatter(part, tensor.contiguous(), group=self.handle)
         return part
 
+    def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Exchange parts: of ``tensor`` [sum(send)], ``send[r]`` elements go to rank r; ``receive[r]`` come from it: [sum(receive)].
+
+        Sends the bytes of what goes to others.
+        """
+        if self.size == 1:
+            return tensor
+        received = tensor.new_empty(sum(receive))
+        self._count("all_to_all", (sum(send) - send[self.rank]) * tensor.element_size())
+        dist.all_to_all_single(received, tensor.contiguous(), list(receive), list(send), group=self.handle)
+        return received
+
     def start_reduce(self, tensor: Tensor, owner: int) -> dist.Work | None:
         """Begin to sum ``tensor`` in place into rank ``owner`` of the group; ``wait`` ends it. Sends B (n - 1) / n in the mean."""
         if self.size == 1:
@@ -96,6 +109,20 @@ class Group:
         """Fill ``tensor`` with what rank ``source`` of the group sends; returns it."""
         dist.recv(tensor, self.ranks[source], group=self.handle)
         return tensor
+
+    def start_rotate(self, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[dist.Work]]:
+        """Begin to send ``tensor`` to the next rank and to receive the previous rank's, of ``shape`` and equal dtype. Sends B.
+
+        Returns what will have been received once every work's ``wait`` has ended; ``tensor`` must not change before.
+        """
+        if self.size == 1:
+            return tensor, []
+        received = tensor.new_empty(shape)
+        self._count("rotate", tensor.nbytes)
+        # In one batch, or nccl waits for a receive that is not yet posted. Without elements too: the first batch needs all ranks.
+        following, previous = self.ranks[(self.rank + 1) % self.size], self.ranks[(self.rank - 1) % self.size]
+        sending = dist.P2POp(dist.isend, tensor.contiguous(), following, self.handle)
+        return received, dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, previous, self.handle)])
 
     def _count(self, collective: str, sent: int) -> None:
         self.traffic.sent[self.axis, collective] += sent

@@ -1,18 +1,22 @@
 """The plan of one optimizer step: which ranks compute which documents, in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_ext.errors import ConfigError
+
+IntArray = NDArray[np.int64]
 
 FORMAT_VERSION = 2
 HEADER = 4
 """Numbers before the packs of an encoded plan."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Tokens ``start`` to ``stop`` (exclusive) of document number ``document`` of the step."""
 
@@ -24,7 +28,7 @@ class Slice:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pack:
     """Documents that are computed together by the ``degree`` ranks that begin at ``first_rank``.
 
@@ -41,10 +45,57 @@ class Pack:
         """Tokens of the pack, over all its ranks."""
         return sum(len(piece) for piece in self.slices)
 
+    def shard(self, place: int) -> "Shard":
+        """What the rank at ``place`` of the block computes outside attention.
+
+        Around a ring of r, documents are cut into 2 r chunks, of which ring rank j has numbers j and 2 r - 1 - j, so that each has as
+        much causal attention to compute. Neighbours that divide the heads divide the ring rank's tokens in order.
+        """
+        neighbours = self.degree // self.ring
+        chunks = tuple(tuple(_even_parts(len(piece), 2 * self.ring)) for piece in self.slices) if self.ring > 1 else ()
+        pieces = list(self.slices)
+        if self.ring > 1:
+            numbers = (place // neighbours, 2 * self.ring - 1 - place // neighbours)
+            pieces = [_chunk(piece, sizes, number) for piece, sizes in zip(self.slices, chunks, strict=True) for number in numbers]
+        tokens = tuple(_even_parts(sum(map(len, pieces)), neighbours))
+        begin = sum(tokens[: place % neighbours])
+        return Shard(tuple(_cut(pieces, begin, begin + tokens[place % neighbours])), tokens, chunks)
+
     @property
     def ranks(self) -> range:
         """The block of ranks that computes the pack."""
         return range(self.first_rank, self.first_rank + self.degree)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a pack."""
+
+    slices: tuple[Slice, ...]
+    """Its tokens, in order."""
+    tokens: tuple[int, ...]
+    """Number of tokens of each of the neighbours that divide the heads."""
+    chunks: tuple[tuple[int, ...], ...]
+    """Around a ring, for each document of the pack, the tokens of each of its chunks; empty without one."""
+
+
+def _even_parts(total: int, parts: int) -> list[int]:
+    share, more = divmod(total, parts)
+    return [share + (part < more) for part in range(parts)]
+
+
+def _chunk(piece: Slice, sizes: tuple[int, ...], number: int) -> Slice:
+    start = piece.start + sum(sizes[:number])
+    return Slice(piece.document, start, start + sizes[number])
+
+
+def _cut(pieces: Sequence[Slice], begin: int, end: int) -> Iterator[Slice]:
+    """Tokens ``begin`` to ``end`` of pieces laid end to end."""
+    for piece in pieces:
+        start, stop = max(begin, 0), min(end, len(piece))
+        if start < stop:
+            yield Slice(piece.document, piece.start + start, piece.start + stop)
+        begin, end = begin - len(piece), end - len(piece)
 
 
 @dataclass(frozen=True)
@@ -97,10 +148,13 @@ class Plan:
         Layout: version, ranks, 1 for rounds, packs; then first rank, degree, ring, slices for each pack; then document, start, stop for
         each slice.
         """
-        header = [FORMAT_VERSION, self.num_ranks, int(self.in_rounds), len(self.packs)]
+        return encode_arrays(self.num_ranks, self.in_rounds, *self._arrays())
+
+    def _arrays(self) -> tuple[IntArray, IntArray]:
+        """First rank, degree, ring, slices of each pack ([packs, 4]); document, start, stop of each slice ([slices, 3])."""
         packs = [value for pack in self.packs for value in (pack.first_rank, pack.degree, pack.ring, len(pack.slices))]
         slices = [value for pack in self.packs for s in pack.slices for value in (s.document, s.start, s.stop)]
-        return np.array(header + packs + slices, dtype=np.int32)
+        return np.array(packs, dtype=np.int64).reshape(-1, 4), np.array(slices, dtype=np.int64).reshape(-1, 3)
 
     @classmethod
     def decode(cls, encoded: np.ndarray) -> "Plan":
@@ -125,41 +179,96 @@ class Plan:
 
         Raises ConfigError naming the first document or pack that is wrong.
         """
-        covered: list[list[tuple[int, int]]] = [[] for _ in lengths]
-        for number, pack in enumerate(self.packs):
-            self._validate_block(number, pack)
-            if pack.tokens > tokens_per_pack * pack.degree:
-                raise ConfigError(f"pack {number} has {pack.tokens} tokens; {pack.degree} ranks hold {tokens_per_pack * pack.degree}")
-            for piece in pack.slices:
-                if not 0 <= piece.document < len(lengths):
-                    raise ConfigError(f"pack {number} names document {piece.document}; the step has {len(lengths)}")
-                covered[piece.document].append((piece.start, piece.stop))
-        if self.in_rounds:
-            self._validate_rounds()
-        for document, (length, pieces) in enumerate(zip(lengths, covered, strict=True)):
-            position = 0
-            for start, stop in sorted(pieces):
-                if start != position or stop <= start:
-                    first, last = min(start, position), max(start, position)
-                    raise ConfigError(f"document {document}: tokens {first} to {last} are not computed exactly once")
-                position = stop
-            if position != length:
-                raise ConfigError(f"document {document}: {position} of {length} tokens are computed")
+        heads, slices = self._arrays()
+        wrong = _wrong_packs(heads, slices, self.num_ranks, len(lengths), tokens_per_pack)
+        if wrong.any():
+            self._refuse_pack(int(wrong.argmax()), len(lengths), tokens_per_pack)
+        if self.in_rounds and not _rounds_are_whole(heads, self.num_ranks):
+            self._refuse_rounds()
+        wrong = _wrong_documents(slices, np.asarray(lengths, dtype=np.int64))
+        if wrong.any():
+            self._refuse_document(int(wrong.argmax()), lengths)
 
-    def _validate_block(self, number: int, pack: Pack) -> None:
+    def _refuse_pack(self, number: int, documents: int, tokens_per_pack: int) -> NoReturn:
+        pack = self.packs[number]
         power_of_two = pack.degree > 0 and pack.degree & (pack.degree - 1) == 0
         if not power_of_two or pack.first_rank % pack.degree or not 0 <= pack.first_rank <= self.num_ranks - pack.degree:
             ranks = f"ranks {pack.first_rank} to {pack.first_rank + pack.degree - 1}"
             raise ConfigError(f"pack {number}: {ranks} are not an aligned power-of-two block of {self.num_ranks}")
         if pack.ring < 1 or pack.degree % pack.ring:
             raise ConfigError(f"pack {number}: a ring of {pack.ring} does not divide {pack.degree} ranks")
+        if pack.tokens > tokens_per_pack * pack.degree:
+            raise ConfigError(f"pack {number} has {pack.tokens} tokens; {pack.degree} ranks hold {tokens_per_pack * pack.degree}")
+        unknown = next(piece.document for piece in pack.slices if not 0 <= piece.document < documents)
+        raise ConfigError(f"pack {number} names document {unknown}; the step has {documents}")
 
-    def _validate_rounds(self) -> None:
+    def _refuse_document(self, document: int, lengths: Sequence[int]) -> NoReturn:
+        pieces = sorted((piece.start, piece.stop) for pack in self.packs for piece in pack.slices if piece.document == document)
+        position = 0
+        for start, stop in pieces:
+            if start != position or stop <= start:
+                first, last = min(start, position), max(start, position)
+                raise ConfigError(f"document {document}: tokens {first} to {last} are not computed exactly once")
+            position = stop
+        raise ConfigError(f"document {document}: {position} of {lengths[document]} tokens are computed")
+
+    def _refuse_rounds(self) -> NoReturn:
         done = np.zeros(self.num_ranks, dtype=int)
         for number, pack in enumerate(self.packs):
             block = done[pack.first_rank : pack.first_rank + pack.degree]
             if (block != done.min()).any():
                 raise ConfigError(f"pack {number}: its ranks are not all in round {done.min()}")
             block += 1
-        if (done != done[0]).any():
-            raise ConfigError(f"rank {done.argmin()} has no pack in round {done.min()}")
+        raise ConfigError(f"rank {done.argmin()} has no pack in round {done.min()}")
+
+
+def encode_arrays(num_ranks: int, in_rounds: bool, heads: IntArray, slices: IntArray) -> NDArray[np.int32]:
+    """What :meth:`Plan.encode` returns, from the arrays that it consists of.
+
+    Args:
+        num_ranks: of the plan.
+        in_rounds: of the plan.
+        heads: first rank, degree, ring and number of slices of each pack, [packs, 4].
+        slices: document, start and stop of each slice, pack after pack, [slices, 3].
+    """
+    header = np.array([FORMAT_VERSION, num_ranks, int(in_rounds), len(heads)])
+    return np.concatenate([header, heads.ravel(), slices.ravel()]).astype(np.int32)
+
+
+def _wrong_packs(heads: IntArray, slices: IntArray, num_ranks: int, documents: int, tokens_per_pack: int) -> NDArray[np.bool_]:
+    """Which packs are no aligned block, have a wrong ring, too many tokens or documents that the step does not have."""
+    first, degree, ring, count = heads.T
+    block = (degree <= 0) | (degree & (degree - 1) != 0) | (first < 0) | (first + degree > num_ranks)
+    block |= first % np.maximum(degree, 1) != 0
+    owner = np.repeat(np.arange(len(heads)), count)
+    tokens = np.zeros(len(heads), dtype=np.int64)
+    np.add.at(tokens, owner, slices[:, 2] - slices[:, 1])
+    unknown = np.zeros(len(heads), dtype=bool)
+    unknown[owner[(slices[:, 0] < 0) | (slices[:, 0] >= documents)]] = True
+    return block | (ring < 1) | (degree % np.maximum(ring, 1) != 0) | (tokens > tokens_per_pack * degree) | unknown
+
+
+def _wrong_documents(slices: IntArray, lengths: IntArray) -> NDArray[np.bool_]:
+    """Which documents have tokens that are not computed exactly once."""
+    document, start, stop = slices[np.lexsort((slices[:, 1], slices[:, 0]))].T
+    begins = np.ones(len(document), dtype=bool)
+    begins[1:] = document[1:] != document[:-1]
+    before = np.where(begins, 0, np.roll(stop, 1))
+    wrong, position = np.zeros(len(lengths), dtype=bool), np.zeros(len(lengths), dtype=np.int64)
+    wrong[document[(start != before) | (stop <= start)]] = True
+    position[document] = stop  # the last slice of a document is written last
+    return wrong | (position != lengths)
+
+
+def _rounds_are_whole(heads: IntArray, num_ranks: int) -> bool:
+    """Whether the list goes round by round, each covering every rank once."""
+    first, degree = heads[:, 0], heads[:, 1]
+    before = np.cumsum(degree) - degree
+    rounds, rest = divmod(int(degree.sum()), num_ranks)
+    if rest or (before % num_ranks + degree > num_ranks).any():
+        return False
+    edges = np.zeros(rounds * num_ranks + 1, dtype=np.int64)
+    begin = before // num_ranks * num_ranks + first
+    np.add.at(edges, begin, 1)
+    np.add.at(edges, begin + degree, -1)
+    return bool((np.cumsum(edges)[:-1] == 1).all())

@@ -90,7 +90,11 @@ class Engine:
         return self._passes.in_rounds
 
     def packs_of(self, plan: Plan) -> list[Pack]:
-        """What this rank computes of a plan."""
+        """What this rank computes of a plan. All ranks ask for the same plan: groups that its packs need are made now."""
+        for degree in sorted({pack.degree // pack.ring for pack in plan.packs}):
+            self.grid.block(degree)
+        for degree, ring in sorted({(pack.degree, pack.ring) for pack in plan.packs if pack.ring > 1}):
+            self.grid.ring(degree, ring)
         return plan.packs_of(self.grid.dp.rank)
 
     def step(self, packs: Packs, step_loss_tokens: int, flags: torch.Tensor) -> StepResult:

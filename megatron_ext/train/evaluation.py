@@ -31,6 +31,7 @@ def evaluate(engine: Engine, sets: list[ValidationSet], tokens_per_pack: int, vo
     for each in sets:
         lengths = [len(piece) for piece in each.pieces]
         plan = plan_step(lengths, engine.grid.shape.dp, CostModel(tokens_per_pack), in_rounds=engine.in_rounds)
-        loss, tokens = engine.evaluate(PlannedPacks(engine.packs_of(plan), each.pieces, [each.corpus], vocab_size))
+        packs = PlannedPacks(engine.packs_of(plan), each.pieces, [each.corpus], vocab_size, engine.grid.dp.rank)
+        loss, tokens = engine.evaluate(packs)
         results.append(EvaluationResult(each.name, each.split, loss / max(1.0, tokens), int(tokens)))
     return results

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from megatron_ext.data.batch import PackedBatch, read_pack
 from megatron_ext.data.corpus import Corpus, Piece
+from megatron_ext.parallel.grid import Grid
+from megatron_ext.parallel.sequence import Sharing
 from megatron_ext.planning import Pack
 
 
@@ -27,9 +29,20 @@ class PlannedPacks:
     corpora: Sequence[Corpus]
     """The sources that the pieces refer to."""
     vocab_size: int
+    rank: int
+    """Of the data ranks, the one that reads."""
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        return (read_pack(pack, self.pieces, self.corpora, self.vocab_size) for pack in self.packs)
+        return (read_pack(pack, self.pieces, self.corpora, self.vocab_size, self.rank - pack.first_rank) for pack in self.packs)
+
+
+def sharing_of(batch: PackedBatch, grid: Grid) -> Sharing | None:
+    """The ranks that this rank shares a pack with. Their groups exist: ``Engine.packs_of`` made them."""
+    if not batch.shard_tokens:
+        return None
+    heads = grid.block(len(batch.shard_tokens))
+    assert heads is not None, "plans are made of whole blocks"
+    return Sharing(heads, batch.shard_tokens)

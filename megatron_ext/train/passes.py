@@ -15,7 +15,7 @@ from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.train.deepspeed_setup import GridForDeepSpeed, join_deepspeed
 from megatron_ext.train.losses import LossSums
-from megatron_ext.train.packs import Packs
+from megatron_ext.train.packs import Packs, sharing_of
 
 
 class WholePasses:
@@ -30,14 +30,14 @@ class WholePasses:
         )
         self._engine.enable_backward_allreduce = False
         self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._device = grid.world.device
+        self._grid, self._device = grid, grid.world.device
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """See ``Passes``."""
         self._engine.train()
         for pack in packs:
             batch = pack.to(self._device)
-            loss_sum, token_loss = self._engine(*batch.model_inputs)
+            loss_sum, token_loss = self._engine(*batch.model_inputs, sharing_of(batch, self._grid))
             self._engine.backward(loss_sum / denominator, scale_wrt_gas=False)
             losses.add(token_loss, batch.loss_weight, batch.sources)
         self._engine.step()
@@ -48,7 +48,7 @@ class WholePasses:
         self._engine.eval()
         for pack in packs:
             batch = pack.to(self._device)
-            losses.add(self._engine(*batch.model_inputs)[1], batch.loss_weight, batch.sources)
+            losses.add(self._engine(*batch.model_inputs, sharing_of(batch, self._grid))[1], batch.loss_weight, batch.sources)
 
     def weight(self, name: str) -> torch.Tensor:
         """See ``Passes``."""

@@ -25,7 +25,7 @@ from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.train.deepspeed_setup import join_deepspeed, silenced
 from megatron_ext.train.losses import LossSums
-from megatron_ext.train.packs import Packs
+from megatron_ext.train.packs import Packs, sharing_of
 
 
 class PackFeed:
@@ -58,9 +58,10 @@ class PackFeed:
 class PipelineStage(nn.Module):
     """The layers of this rank as the one layer of a stage: tokens or hidden states in, hidden states out."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, grid: Grid) -> None:
         super().__init__()
         self.model = model
+        self._grid = grid
         self.feed: PackFeed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +69,8 @@ class PipelineStage(nn.Module):
         assert self.feed is not None, "a schedule runs on a feed"
         pack = self.feed.to_compute()
         x = self.model.embed(x) if self.model.stage.is_first else x
-        return self.model.blocks(x, self.model.context(pack.positions, pack.cu_seqlens, pack.max_seqlen))
+        sharing = sharing_of(pack, self._grid)
+        return self.model.blocks(x, self.model.context(pack.positions, pack.cu_seqlens, pack.max_seqlen, sharing))
 
 
 class PipelineLoss:
@@ -94,7 +96,7 @@ class PipelinePasses:
 
     def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
         join_deepspeed(grid.world)
-        self._stage, self._loss = PipelineStage(model), PipelineLoss(model)
+        self._stage, self._loss = PipelineStage(model, grid), PipelineLoss(model)
         shape = grid.shape
         with silenced():
             pipeline = PipelineModule(

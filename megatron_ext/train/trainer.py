@@ -96,7 +96,7 @@ class Trainer:
         lr = self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step, self.total_steps)
         self.optimizer.set_learning_rate(lr)
         asked = torch.tensor([float(self.stop.reason is not None)], dtype=torch.float64)
-        packs = PlannedPacks(self.engine.packs_of(plan), pieces, self.setup.mixture.corpora, self.setup.model.vocab_size)
+        packs = PlannedPacks(self.engine.packs_of(plan), pieces, self.setup.mixture.corpora, self.setup.model.vocab_size, self.grid.dp.rank)
         result = self.engine.step(packs, sum(piece.loss_tokens for piece in pieces), asked)
         if self._due(self.config.train.check_replicas_every):
             self.optimizer.check_replicas()

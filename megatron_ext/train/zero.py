@@ -147,14 +147,13 @@ class ZeroPasses(WholePasses):
         with silenced():
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=rule, config=config, dist_init_required=False)
         _begin_state(rule, members, self._engine)
-        self._data_ranks = grid.shape.dp
-        self._device = grid.world.device
+        self._grid, self._device = grid, grid.world.device
         self._parameters = dict(model.named_parameters())
         self.optimizer = ZeroOptimizer(model, rule, self._engine, grid)
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """See ``Passes``."""
-        super().train(packs, denominator / self._data_ranks, losses)
+        super().train(packs, denominator / self._grid.shape.dp, losses)
         self.optimizer.updates += not self.optimizer.overflow
 
     @torch.no_grad()
