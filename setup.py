@@ -27,6 +27,8 @@ setup(
         "tokenizers>=0.22,<1",
         "sentencepiece>=0.2,<0.3",
         "numpy>=1.26,<3",
+        "numba>=0.61,<1",
+        "highspy>=1.8,<2",
         "pyarrow>=17",
         "pydantic>=2.9,<3",
         "pyyaml>=6,<7",

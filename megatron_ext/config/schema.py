@@ -46,12 +46,16 @@ class RunConfig(BaseModel):
         steps, sequence = total_steps(self), self.data.sequence_length
         warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
         pack, longest = self.planning.tokens_per_pack, self.model.max_position
+        # Policies that choose degrees are checked when the ranks are known.
+        shared_by = {"data_parallel": 1, "static": self.planning.degree}.get(self.planning.policy)
+        least = -(-sequence // (shared_by or 1))
+        holds = pack is None or shared_by is None or self.planning.split_long or pack >= least
         has_vocabulary = bool(self.tokenizer or self.model.init_from or self.model.vocab_size)
         sharding, grid = self.optimizer.sharding, self.parallel
         whole_model = sharding == "whole_tensor" or (grid.tp == 1 and grid.pp == 1)
         whole_piece = f"at least data.sequence_length ({sequence}), or null"
         require(
-            (pack is None or pack >= sequence, "planning.tokens_per_pack", pack, whole_piece),
+            (holds, "planning.tokens_per_pack", pack, f"at least {least}, so that a pack holds data.sequence_length ({sequence}), or null"),
             (longest is None or longest >= sequence, "model.max_position", longest, whole_piece),
             (warmup <= steps, "schedule.warmup_steps", warmup, f"at most the {steps} steps of the run"),
             (decay is None or warmup + decay <= steps, "schedule.decay_steps", decay, f"at most {steps} steps less {warmup} of warm-up"),

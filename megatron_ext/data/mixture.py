@@ -47,6 +47,12 @@ class Mixture:
         self._streams = [self._stream(source) for source in range(len(self.corpora))]
         self._ahead: list[Piece] = [next(stream) for stream in self._streams]
 
+    def copy(self) -> "Mixture":
+        """A mixture that goes on from here by itself."""
+        other = Mixture(self.corpora, self.shares, self.seed, self.sequence_length)
+        other.load_state_dict(self.state_dict())
+        return other
+
     def _stream(self, source: int) -> Iterator[Piece]:
         """Pieces of a source from its cursor on. The cursor stands at the piece that was yielded last."""
         cursor, corpus = self.cursors[source], self.corpora[source]

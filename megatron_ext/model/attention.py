@@ -9,7 +9,8 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.rope import apply_rope
-from megatron_ext.parallel.sequence import shared_attention
+from megatron_ext.parallel.ring import ring_attention
+from megatron_ext.parallel.sequence import Attend, shared_attention
 from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel
 
 
@@ -40,9 +41,14 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, pack.cos, pack.sin), apply_rope(k, pack.cos, pack.sin)
-        attend = partial(varlen_attention, cu_seqlens=pack.cu_seqlens, max_seqlen=pack.max_seqlen, backend=self.backend)
-        out = shared_attention(q, k, v, pack.sharing, attend)
+        out = shared_attention(q, k, v, pack.sharing, self._attend(pack))
         return self.tp.leave(self.o_proj(out.flatten(1)))
+
+    def _attend(self, pack: PackContext) -> Attend:
+        """Attention of all tokens of the ranks that divide the heads: all of the pack, but for a ring."""
+        if pack.sharing is not None and pack.sharing.ring is not None:
+            return partial(ring_attention, chunks=pack.sharing.chunks, ring=pack.sharing.ring)
+        return partial(varlen_attention, cu_seqlens=pack.cu_seqlens, max_seqlen=pack.max_seqlen, backend=self.backend)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

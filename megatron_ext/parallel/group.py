@@ -1,5 +1,6 @@
 """Some ranks of the world and their collectives, each of which counts what it sends."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ class Traffic:
 
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    exchange_seconds: float = 0.0
+    """Spent in all-to-alls and rings, waiting for other ranks included. Counted on CPUs only: GPUs work on while we count."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ class Group:
             return tensor
         received = tensor.new_empty(sum(receive))
         self._count("all_to_all", (sum(send) - send[self.rank]) * tensor.element_size())
+        begin = time.perf_counter()
         dist.all_to_all_single(received, tensor.contiguous(), list(receive), list(send), group=self.handle)
+        self.traffic.exchange_seconds += time.perf_counter() - begin if tensor.device.type == "cpu" else 0.0
         return received
 
     def start_reduce(self, tensor: Tensor, owner: int) -> dist.Work | None:

@@ -28,6 +28,10 @@ class Sharing:
     """Neighbours that divide the heads of attention."""
     tokens: tuple[int, ...]
     """Tokens of each rank of ``heads``; they lie one after another."""
+    ring: Group | None = None
+    """Ranks with the same heads and other tokens; None: ``heads`` have all tokens."""
+    chunks: tuple[tuple[int, ...], ...] = ()
+    """As ``ring_attention`` takes them."""
 
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, sharing: Sharing | None, attend: Attend) -> Tensor:

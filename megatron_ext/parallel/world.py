@@ -57,6 +57,27 @@ class World:
         dist.all_gather(texts, padded)
         return [json.loads(bytes(t[: int(size)].cpu().numpy())) for t, size in zip(texts, sizes, strict=True)]
 
+    def from_main(self, numbers: list[int] | None, usual: int) -> list[int]:
+        """The int32 numbers that rank 0 passed, on every rank. Sent at once if no more than ``usual``, which all ranks agree on."""
+        if self.size == 1:
+            assert numbers is not None, "rank 0 has them"
+            return numbers
+        first = torch.zeros(usual + 1, dtype=torch.int32)
+        if numbers is not None:
+            head = torch.tensor([len(numbers), *numbers[:usual]], dtype=torch.int32)
+            first[: len(head)] = head
+        first = self._broadcast(first)
+        count = int(first[0])
+        if count <= usual:
+            return first[1 : count + 1].tolist()
+        rest = torch.tensor(numbers[usual:], dtype=torch.int32) if numbers is not None else torch.zeros(count - usual, dtype=torch.int32)
+        return first[1:].tolist() + self._broadcast(rest).tolist()
+
+    def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device)
+        dist.broadcast(tensor, src=0)
+        return tensor.cpu()
+
     def on_main(self, value: Any) -> Any:
         """The JSON value that rank 0 passed, on every rank."""
         return self.gather(value if self.is_main else None)[0]

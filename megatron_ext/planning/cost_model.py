@@ -5,7 +5,7 @@ of a document, because of attention, and linear, because of everything else. All
 (Jacobs et al. 2023, arXiv:2309.14509, section 3); in a ring, keys and values pass from rank to rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ class Curve:
     def line(cls, latency: float, bytes_per_second: float) -> "Curve":
         """``latency`` seconds and then ``bytes_per_second``."""
         return cls((0.0, bytes_per_second), (latency, latency + 1.0))
+
+    def scaled(self, factor: float) -> "Curve":
+        """The curve with ``factor`` times the seconds."""
+        return Curve(self.bytes, tuple(factor * each for each in self.seconds))
 
     def __call__(self, sent: Array | float) -> Array:
         """Seconds for ``sent`` bytes, of any shape; 0 for 0 bytes."""
@@ -81,6 +85,17 @@ class CostModel:
     ring_step: Curve = Curve()
     """Seconds until a rank has what its neighbour in a ring sent, by bytes."""
 
+    def scaled(self, compute: float, exchange: float) -> "CostModel":
+        """The model with all compute and all exchanges these factors as long."""
+        return replace(
+            self,
+            per_token=self.per_token * compute,
+            per_token_squared=self.per_token_squared * compute,
+            per_pack=self.per_pack * compute,
+            all_to_all=tuple(curve.scaled(exchange) for curve in self.all_to_all),
+            ring_step=self.ring_step.scaled(exchange),
+        )
+
     @property
     def largest_head_block(self) -> int:
         """Most ranks that heads can be divided over: the largest power of two not above the number of query heads."""
@@ -124,19 +139,21 @@ class CostModel:
             seconds = seconds + shape.layers * (ring - 1) * (shape.forwards * self.ring_step(there) + self.ring_step(back))
         return seconds
 
-    def all_to_all_bytes(self, tokens: Array | float, degree: int) -> tuple[Array, Array]:
+    def all_to_all_bytes(self, tokens: Array | float, degree: int, ring: int | None = None) -> tuple[Array, Array]:
         """Bytes that a rank sends to others of its block in one layer's forward: of queries, keys and values; of outputs.
+
+        ``ring`` is that of the pack; None: ``ring_of(degree)``.
 
         Key/value heads are sent to every rank that has a query head that reads them. Exact where the ranks divide tokens and heads, a
         mean elsewhere. Backward sends as much as forward.
         """
-        shape, ranks = self.attention, degree // self.ring_of(degree)
+        shape, ranks = self.attention, degree // (ring or self.ring_of(degree))
         a_head = np.asarray(tokens, dtype=np.float64) / degree * (ranks - 1) / ranks * shape.head_dim * shape.element_bytes
         return a_head * (shape.query_heads + 2 * max(shape.kv_heads, ranks)), a_head * shape.query_heads
 
-    def ring_step_bytes(self, tokens: Array | float, degree: int) -> tuple[Array, Array]:
+    def ring_step_bytes(self, tokens: Array | float, degree: int, ring: int | None = None) -> tuple[Array, Array]:
         """Bytes a rank sends in one of the ring - 1 steps of a layer: forward, keys and values; backward, float32 gradients too."""
-        shape, ring = self.attention, self.ring_of(degree)
+        shape, ring = self.attention, ring or self.ring_of(degree)
         heads = max(1, shape.kv_heads * ring // degree)
         elements = np.asarray(tokens, dtype=np.float64) / ring * 2 * heads * shape.head_dim
         return elements * shape.element_bytes, elements * (shape.element_bytes + max(4, shape.element_bytes))

@@ -1,6 +1,8 @@
 """The plan of one optimizer step: which ranks compute which documents, in which order."""
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -152,9 +154,11 @@ class Plan:
 
     def _arrays(self) -> tuple[IntArray, IntArray]:
         """First rank, degree, ring, slices of each pack ([packs, 4]); document, start, stop of each slice ([slices, 3])."""
-        packs = [value for pack in self.packs for value in (pack.first_rank, pack.degree, pack.ring, len(pack.slices))]
-        slices = [value for pack in self.packs for s in pack.slices for value in (s.document, s.start, s.stop)]
-        return np.array(packs, dtype=np.int64).reshape(-1, 4), np.array(slices, dtype=np.int64).reshape(-1, 3)
+        slices = [piece for pack in self.packs for piece in pack.slices]
+        heads = [[pack.first_rank for pack in self.packs], [pack.degree for pack in self.packs], [pack.ring for pack in self.packs]]
+        counts = [len(pack.slices) for pack in self.packs]
+        columns = [[piece.document for piece in slices], [piece.start for piece in slices], [piece.stop for piece in slices]]
+        return np.array([*heads, counts], dtype=np.int64).T, np.array(columns, dtype=np.int64).T
 
     @classmethod
     def decode(cls, encoded: np.ndarray) -> "Plan":
@@ -167,12 +171,12 @@ class Plan:
         heads = encoded[HEADER:packs_end].reshape(-1, 4) if 0 <= num_packs and packs_end <= len(encoded) else None
         if heads is None or (heads[:, 3] < 0).any() or len(encoded) != packs_end + 3 * int(heads[:, 3].sum(dtype=np.int64)):
             raise ConfigError(f"encoded plan is cut or garbled: {len(encoded)} numbers for {num_packs} packs")
-        slices = [Slice(*row) for row in encoded[packs_end:].reshape(-1, 3).tolist()]
-        packs, begin = [], 0
-        for first_rank, degree, ring, count in heads.tolist():
-            packs.append(Pack(first_rank, degree, tuple(slices[begin : begin + count]), ring))
-            begin += count
-        return cls(num_ranks, tuple(packs), bool(in_rounds))
+        with _collector_paused():
+            slices = [*map(Slice, *(column.tolist() for column in encoded[packs_end:].reshape(-1, 3).T))]
+            ends = np.cumsum(heads[:, 3])
+            parts = [tuple(slices[begin:end]) for begin, end in zip((ends - heads[:, 3]).tolist(), ends.tolist(), strict=True)]
+            packs = tuple(map(Pack, heads[:, 0].tolist(), heads[:, 1].tolist(), parts, heads[:, 2].tolist()))
+        return cls(num_ranks, packs, bool(in_rounds))
 
     def validate(self, lengths: Sequence[int], tokens_per_pack: int) -> None:
         """Check that every token of ``lengths`` is computed once, every pack fits, and rounds are whole.
@@ -222,6 +226,18 @@ class Plan:
         raise ConfigError(f"rank {done.argmin()} has no pack in round {done.min()}")
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """For making many objects that stay: the garbage collector would walk all of them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def encode_arrays(num_ranks: int, in_rounds: bool, heads: IntArray, slices: IntArray) -> NDArray[np.int32]:
     """What :meth:`Plan.encode` returns, from the arrays that it consists of.
 
@@ -233,6 +249,13 @@ def encode_arrays(num_ranks: int, in_rounds: bool, heads: IntArray, slices: IntA
     """
     header = np.array([FORMAT_VERSION, num_ranks, int(in_rounds), len(heads)])
     return np.concatenate([header, heads.ravel(), slices.ravel()]).astype(np.int32)
+
+
+def is_whole(num_ranks: int, in_rounds: bool, heads: IntArray, slices: IntArray, lengths: IntArray, tokens_per_pack: int) -> bool:
+    """Whether the plan of these arrays (see :func:`encode_arrays`) passes :meth:`Plan.validate`; no objects are made or read."""
+    if _wrong_packs(heads, slices, num_ranks, len(lengths), tokens_per_pack).any():
+        return False
+    return (not in_rounds or _rounds_are_whole(heads, num_ranks)) and not _wrong_documents(slices, lengths).any()
 
 
 def _wrong_packs(heads: IntArray, slices: IntArray, num_ranks: int, documents: int, tokens_per_pack: int) -> NDArray[np.bool_]:

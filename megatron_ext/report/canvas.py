@@ -62,9 +62,19 @@ def new_figure(width: int, height: int, *, rows: int = 1) -> tuple[Figure, list[
 
 def token_axis(axes: Axes, begin: float, end: float, label: str) -> None:
     """Make x an axis of tokens from ``begin`` to ``end``."""
+    _number_axis(axes, begin, end, label)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.count(value)))
+
+
+def seconds_axis(axes: Axes, begin: float, end: float, label: str) -> None:
+    """Make x an axis of seconds from ``begin`` to ``end``."""
+    _number_axis(axes, begin, end, label)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _number_axis(axes: Axes, begin: float, end: float, label: str) -> None:
     axes.set_xlim(begin, end if end > begin else begin + 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.count(value)))
     axes.tick_params(axis="x", length=4, color=stand_in("muted"))
     axes.set_xlabel(label, fontsize=_FONT_SIZE, color=stand_in("muted"))
 
@@ -82,9 +92,9 @@ def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
     labels = sorted((label for label in labels if np.isfinite(label.value)), key=lambda label: label.value)
     if not labels:
         return
-    texts = ["\n".join(_clipped(line) for line in label.text.split("\n")) for label in labels]
-    longest = max(len(line) for text in texts for line in text.split("\n"))
-    axes.figure.subplots_adjust(right=1 - (14 + _CHARACTER_WIDTH * longest) / axes.figure.bbox.width)
+    texts = ["\n".join(clipped(line) for line in label.text.split("\n")) for label in labels]
+    longest = max(text_width(line) for text in texts for line in text.split("\n"))
+    axes.figure.subplots_adjust(right=1 - (14 + longest) / axes.figure.bbox.width)
     heights = _heights(axes, labels)
     x = 1 + 8 / axes.bbox.width
     for label, text, height in zip(labels, texts, heights, strict=True):
@@ -107,7 +117,12 @@ def _heights(axes: Axes, labels: Sequence[Label]) -> np.ndarray:
     return axes.transAxes.inverted().transform([(0, y) for y in placed])[:, 1]
 
 
-def _clipped(line: str) -> str:
+def text_width(text: str) -> float:
+    """About how wide a line of text will be, in CSS pixels: the reader's font is not known."""
+    return _CHARACTER_WIDTH * len(text)
+
+
+def clipped(line: str) -> str:
     """``line`` without its middle where it is too long for a margin: it begins with a name and ends with a number."""
     return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS - 9]}\u2026{line[-8:]}"
 

@@ -8,11 +8,12 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_ext.report import formats
+from megatron_ext.report.plans import sharing
 from megatron_ext.report.summary import Phase, headline, results
 
 
 def print_results(phases: Sequence[Phase], console: Console) -> None:
-    """Print the headline and the final table; losses and entropies in nats per token."""
+    """Print the headline, the final table and, where ranks shared packs, how; losses and entropies in nats per token."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="loss and unigram entropy in nats per token", caption_justify="left")
     table.add_column("phase", no_wrap=True)
     table.add_column("source")
@@ -37,3 +38,5 @@ def print_results(phases: Sequence[Phase], console: Console) -> None:
         )
     console.print(Text(headline(phases)))
     console.print(table)
+    if shared := sharing(phases):
+        console.print(Text("; ".join(f"{name.lower()}: {value}" for name, value in shared.facts.items())))

@@ -1,8 +1,7 @@
 """The figures of a report. Each is drawn from a list of phases and comes back as inline SVG with a title and a caption."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,21 +9,8 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from megatron_ext.report import canvas, formats
 from megatron_ext.report.canvas import Label, series_color, stand_in
-from megatron_ext.report.summary import Phase, SourceResult, evaluations, results, source_names, source_order
-
-_NARROW = 380
-_WIDE = 1080
-
-_HALF = 420
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawing and its words."""
-
-    title: str
-    caption: str
-    svg: str
+from megatron_ext.report.phase_axes import HALF, NARROW, WIDE, Figure, curve_of_steps, finish_token_axis, has, plot_column
+from megatron_ext.report.summary import Phase, SourceResult, chain_of, evaluations, results, source_names, source_order
 
 
 def forgetting_curve(phases: Sequence[Phase]) -> Figure | None:
@@ -38,7 +24,7 @@ def forgetting_curve(phases: Sequence[Phase]) -> Figure | None:
     if any(phase.is_control for phase in phases):
         caption += " Dashed: control run."
     drawings = []
-    for css_class, width, height in (("wide", _WIDE, 420), ("narrow", _NARROW, 360)):
+    for css_class, width, height in (("wide", WIDE, 420), ("narrow", NARROW, 360)):
         figure, (axes,) = canvas.new_figure(width, height)
         _draw_forgetting(axes, phases)
         drawings.append(canvas.to_svg(figure, f"forgetting-{css_class}", f"{title}. {caption}", css_class))
@@ -56,7 +42,7 @@ def _draw_forgetting(axes: Axes, phases: Sequence[Phase]) -> None:
             control = phase.label if phase.is_control else ""
             text = f"{names[source, split]} {losses[-1]:.2f}" + (f"\n{control}" if control else "")
             labels[source, split, control] = Label(losses[-1], text, colors[source])
-    _finish_token_axis(axes, phases)
+    finish_token_axis(axes, phases)
     _draw_entropies(axes, phases, {source for source, _, _ in labels})
     canvas.label_ends(axes, list(labels.values()))
 
@@ -76,7 +62,7 @@ def forgetting_in_percent(phases: Sequence[Phase]) -> Figure | None:
     rows = [row for row in results(phases) if row.change is not None and row.phase.offset == _last(phases).offset]
     if not any(row.is_earlier for row in rows):
         return None
-    figure, (axes,) = canvas.new_figure(_HALF, 270)
+    figure, (axes,) = canvas.new_figure(HALF, 270)
     labels = []
     for row in rows:
         curve = evaluations(row.phase.run)[row.source, row.split]
@@ -102,7 +88,7 @@ def training_loss(phases: Sequence[Phase]) -> Figure | None:
     """Loss of each source on the training documents: each step faint, a moving average strong."""
     curves = []
     for source in source_order(phases):
-        for phase in _chain(phases):
+        for phase in chain_of(phases):
             steps = [record for record in phase.run.train if source in record.loss_by_source]
             tokens = np.array([phase.offset + record.tokens for record in steps], dtype=np.float64)
             losses = np.array([record.loss_by_source[source] for record in steps])
@@ -111,13 +97,13 @@ def training_loss(phases: Sequence[Phase]) -> Figure | None:
                 curves.append((source, tokens, losses, canvas.smooth(losses, np.diff(seen, prepend=0.0))))
     if not curves:
         return None
-    figure, (axes,) = canvas.new_figure(_HALF, 250)
+    figure, (axes,) = canvas.new_figure(HALF, 250)
     colors, labels = _colors(phases), {}
     for source, tokens, losses, smoothed in curves:
         axes.plot(*canvas.thin(tokens, losses), color=colors[source], linewidth=0.8, alpha=0.35)
         axes.plot(*canvas.thin(tokens, smoothed), color=colors[source], linewidth=2, marker="o" if len(tokens) == 1 else None)
         labels[source] = Label(smoothed[-1], f"{source} {smoothed[-1]:.2f}", colors[source])
-    _finish_token_axis(axes, phases)
+    finish_token_axis(axes, phases)
     canvas.label_ends(axes, list(labels.values()))
     title, caption = "Training loss by source", "Nats per token, on the documents of each step."
     return Figure(title, caption, canvas.to_svg(figure, "training-loss", f"{title}. {caption}"))
@@ -125,57 +111,43 @@ def training_loss(phases: Sequence[Phase]) -> Figure | None:
 
 def learning_rate(phases: Sequence[Phase]) -> Figure | None:
     """Learning rate of each step."""
-    return _curve_of_steps(
+    return curve_of_steps(
         phases, "lr", "Learning rate", "Base rate times the schedule, warm-up included.", lambda value, _: formats.learning_rate(value)
     )
 
 
 def throughput(phases: Sequence[Phase]) -> Figure | None:
     """Tokens a second over all ranks."""
-    return _curve_of_steps(
+    return curve_of_steps(
         phases, "tokens_per_second", "Throughput", "Training tokens per second, all ranks together.", lambda value, _: formats.count(value)
     )
 
 
 def step_time(phases: Sequence[Phase]) -> Figure | None:
     """Seconds of each step."""
-    return _curve_of_steps(phases, "step_seconds", "Step time", "Seconds per optimizer step.", lambda value, _: f"{value:g} s")
+    return curve_of_steps(phases, "step_seconds", "Step time", "Seconds per optimizer step.", lambda value, _: f"{value:g} s")
 
 
 def pack_fill(phases: Sequence[Phase]) -> Figure | None:
     """Share of the token budget of a step's packs that holds documents."""
-    return _curve_of_steps(
+    return curve_of_steps(
         phases, "pack_fill", "Pack fill", "Share of the packs' token budget that holds documents.", PercentFormatter(1.0, symbol=" %")
     )
 
 
-def _curve_of_steps(
-    phases: Sequence[Phase], column: str, title: str, caption: str, ticks: Callable[[float, int], str] | PercentFormatter
-) -> Figure | None:
-    """One value of each step from zero up, or None where no step has it; a long noisy curve gets a moving average."""
-    if not _has(phases, column):
-        return None
-    figure, (axes,) = canvas.new_figure(_HALF, 220)
-    _plot_column(axes, phases, column)
-    axes.set_ylim(0, axes.get_ylim()[1])
-    axes.yaxis.set_major_formatter(ticks if isinstance(ticks, PercentFormatter) else FuncFormatter(ticks))
-    _finish_token_axis(axes, phases)
-    return Figure(title, caption, canvas.to_svg(figure, column.replace("_", "-"), f"{title}. {caption}"))
-
-
 def gradient_norm(phases: Sequence[Phase]) -> Figure | None:
     """Global gradient norm before clipping on a logarithmic axis, skipped steps marked."""
-    if not _has(phases, "grad_norm"):
+    if not has(phases, "grad_norm"):
         return None
-    figure, (axes,) = canvas.new_figure(_HALF, 220)
+    figure, (axes,) = canvas.new_figure(HALF, 220)
     axes.set_yscale("log")
-    _plot_column(axes, phases, "grad_norm")
+    plot_column(axes, phases, "grad_norm")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(_sparse_minor_tick))
-    skipped = [position for phase in _chain(phases) for position in _skipped_positions(phase)]
+    skipped = [position for phase in chain_of(phases) for position in _skipped_positions(phase)]
     at_bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
     axes.plot(skipped, [0.03] * len(skipped), linestyle="none", marker="^", markersize=7, color=series_color(1), **at_bottom)
-    _finish_token_axis(axes, phases)
+    finish_token_axis(axes, phases)
     title, caption = "Gradient norm", "Global norm before clipping, logarithmic. "
     caption += f"Triangles: skipped steps ({len(skipped)})." if skipped else "No step was skipped."
     return Figure(title, caption, canvas.to_svg(figure, "grad-norm", f"{title}. {caption}"))
@@ -188,10 +160,10 @@ def _sparse_minor_tick(value: float, _: int) -> str:
 
 def document_lengths(phases: Sequence[Phase]) -> Figure | None:
     """Distribution of document lengths in powers of two, one row a phase."""
-    histograms = [(phase.label, phase.run.length_histogram) for phase in _chain(phases) if phase.run.length_histogram]
+    histograms = [(phase.label, phase.run.length_histogram) for phase in chain_of(phases) if phase.run.length_histogram]
     if not histograms:
         return None
-    figure, rows = canvas.new_figure(_HALF, 60 + 150 * len(histograms), rows=len(histograms))
+    figure, rows = canvas.new_figure(HALF, 60 + 150 * len(histograms), rows=len(histograms))
     exponents = [int(math.log2(key)) for _, histogram in histograms for key in histogram]
     edges = np.arange(min(exponents) - 1, max(exponents) + 1)
     for axes, (label, histogram) in zip(rows, histograms, strict=True):
@@ -212,12 +184,8 @@ def all_figures(phases: Sequence[Phase]) -> list[Figure]:
     return [figure for maker in makers if (figure := maker(phases)) is not None]
 
 
-def _chain(phases: Sequence[Phase]) -> list[Phase]:
-    return [phase for phase in phases if not phase.is_control]
-
-
 def _last(phases: Sequence[Phase]) -> Phase:
-    return _chain(phases)[-1]
+    return chain_of(phases)[-1]
 
 
 def _colors(phases: Sequence[Phase]) -> dict[str, str]:
@@ -228,30 +196,7 @@ def _dashes(phase: Phase) -> tuple[float, ...]:
     return (4, 2) if phase.is_control else ()
 
 
-def _has(phases: Sequence[Phase], column: str) -> bool:
-    return any(np.isfinite(phase.run.column(column)).any() for phase in _chain(phases))
-
-
-def _plot_column(axes: Axes, phases: Sequence[Phase], column: str) -> None:
-    for phase in _chain(phases):
-        tokens, values = phase.offset + phase.run.column("tokens"), phase.run.column(column)
-        smoothed = values if column == "lr" else canvas.smooth(values, np.ones(len(values)))
-        axes.plot(*canvas.thin(tokens, values), color=series_color(0), linewidth=0.8, alpha=0.4)
-        axes.plot(*canvas.thin(tokens, smoothed), color=series_color(0), linewidth=1.5, marker="o" if len(tokens) == 1 else None)
-
-
 def _skipped_positions(phase: Phase) -> list[float]:
     """Total tokens at each skipped step that the run has a record of or that lies between two."""
     steps, tokens = phase.run.column("step"), phase.run.column("tokens")
     return [phase.offset + float(np.interp(step, steps, tokens)) for step in phase.run.skipped] if len(steps) else []
-
-
-def _finish_token_axis(axes: Axes, phases: Sequence[Phase]) -> None:
-    """Total tokens on x, a line where one phase ends and the next begins, and the phases' names."""
-    chain = _chain(phases)
-    canvas.token_axis(axes, 0, max(phase.end for phase in phases), "training tokens, all phases" if len(chain) > 1 else "training tokens")
-    for phase in chain if len(chain) > 1 else []:
-        middle = (phase.offset + phase.end) / 2
-        canvas.write(axes, middle, 1.02, phase.label, stand_in("muted"), transform=axes.get_xaxis_transform(), ha="center", va="bottom")
-        if phase.offset:
-            axes.axvline(phase.offset, color=stand_in("muted"), linewidth=1)

@@ -27,6 +27,11 @@ def percent(value: float | None) -> str:
     return "n/a" if value is None or not math.isfinite(value) else f"{value:+.1f} %"
 
 
+def share(value: float) -> str:
+    """A part of a whole in percent, to one decimal."""
+    return f"{round(100 * value, 1) + 0.0:.1f} %" if math.isfinite(value) else "n/a"  # + 0.0: no minus before zero
+
+
 def number(value: float | None, decimals: int = 2) -> str:
     """A measured number, or ``n/a``."""
     return "n/a" if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
@@ -53,6 +58,13 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes_left:02d} min"
     return f"{minutes} min {seconds_left:02d} s" if minutes else f"{whole} s"
+
+
+def seconds(value: float) -> str:
+    """A short time to three digits: ``1.58 s``, ``12.3 ms``; a long one as ``duration`` says it."""
+    if not math.isfinite(value) or value >= 100:
+        return duration(value)
+    return f"{value:.3g} s" if value >= 0.1 or value == 0 else f"{1e3 * value:.3g} ms"
 
 
 def moment(time: float) -> str:

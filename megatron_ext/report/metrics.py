@@ -2,86 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import yaml
 
 from megatron_ext.errors import DataError
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartRecord:
-    """A process group began to train: from nothing (step 0) or from a checkpoint (step > 0). Entropies in nats per token."""
-
-    time: float
-    step: int
-    run: str
-    ranks: int = 1
-    parameters: int = 0
-    total_steps: int = 0
-    tokens_per_step: int = 0
-    device: str = ""
-    dtype: str = ""
-    attention: str = ""
-    unigram_entropy: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRecord:
-    """One optimizer step. Losses in nats per token; tokens, skipped steps and epochs count from the start of the run."""
-
-    time: float
-    step: int
-    tokens: int
-    loss: float
-    loss_by_source: dict[str, float] = field(default_factory=dict)
-    tokens_by_source: dict[str, int] = field(default_factory=dict)
-    lr: float = math.nan
-    grad_norm: float = math.nan
-    tokens_per_second: float = math.nan
-    tflops: float = math.nan
-    memory_gib: float = math.nan
-    step_seconds: float = math.nan
-    pack_fill: float = math.nan
-    length_histogram: dict[str, int] = field(default_factory=dict)
-    skipped_steps: int = 0
-    epochs: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalRecord:
-    """Loss (nats per token) on one source after ``step`` optimizer steps and ``tokens`` training tokens of the run."""
-
-    time: float
-    step: int
-    tokens: int
-    source: str
-    loss: float
-    split: str = "validation"
-    eval_tokens: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class EventRecord:
-    """Something that happened once: ``checkpoint``, ``resume``, ``stop`` or ``skip``."""
-
-    step: int
-    event: str
-    time: float = math.nan
-
-
-Record = StartRecord | TrainRecord | EvalRecord | EventRecord
-
-_RECORDS: Mapping[str, type] = MappingProxyType(
-    {"start": StartRecord, "train": TrainRecord, "eval": EvalRecord, "event": EventRecord},
-)
+from megatron_ext.report.records import EvalRecord, EventRecord, PlanRecord, Record, StartRecord, TrainRecord, parse_record
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +25,7 @@ class Run:
     train: list[TrainRecord]
     evals: list[EvalRecord]
     events: list[EventRecord]
+    plans: list[PlanRecord]
     seconds: float
     """Time between each start and the last record that followed it, summed over starts."""
     torn: bool
@@ -171,18 +103,22 @@ def read_run(directory: str | Path) -> Run:
     train: dict[int, TrainRecord] = {}
     evals: dict[tuple[int, str, str], EvalRecord] = {}
     events: list[EventRecord] = []
+    plans: dict[int, PlanRecord] = {}
     for record in records:
         match record:
             case StartRecord():
                 train = {step: old for step, old in train.items() if step <= record.step}
                 evals = {key: old for key, old in evals.items() if old.step <= record.step}
                 events = [old for old in events if old.step <= record.step]
+                plans = {step: old for step, old in plans.items() if step <= record.step}
             case TrainRecord():
                 train[record.step] = record
             case EvalRecord():
                 evals[record.step, record.source, record.split] = record
             case EventRecord():
                 events.append(record)
+            case PlanRecord():
+                plans[record.step] = record
     return Run(
         directory=directory,
         config=_read_config(directory / "config.yaml"),
@@ -190,6 +126,7 @@ def read_run(directory: str | Path) -> Run:
         train=sorted(train.values(), key=lambda record: record.step),
         evals=sorted(evals.values(), key=lambda record: record.step),
         events=events,
+        plans=sorted(plans.values(), key=lambda record: record.step),
         seconds=_active_seconds(records),
         torn=torn,
     )
@@ -240,45 +177,6 @@ def _read_lines(path: Path) -> tuple[list[bytes], bool]:
 def _parse_lines(lines: list[bytes], path: Path) -> Iterator[Record]:
     for number, line in enumerate(lines, start=1):
         try:
-            yield _parse_record(json.loads(line))
+            yield parse_record(json.loads(line))
         except ValueError as error:
             raise DataError(f"{path}:{number}: not a record of metrics: {error}; the line is {line[:80]!r}") from None
-
-
-def _parse_record(values: Any) -> Record:
-    """Make a record from a JSON object; keys that it does not know are left to other readers."""
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in _RECORDS:
-        raise ValueError(f"kind is {kind!r}, accepted are {', '.join(_RECORDS)}")
-    record, hints = _RECORDS[kind], get_type_hints(_RECORDS[kind])
-    chosen = {}
-    for item in fields(record):
-        if item.name in values:
-            chosen[item.name] = _checked(item.name, values[item.name], hints[item.name])
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise ValueError(f"{kind} record without {item.name!r}")
-    if not all(_is_power_of_two(key) for key in chosen.get("length_histogram", {})):
-        raise ValueError("length_histogram has a key that is not a power of two")
-    return record(**chosen)
-
-
-def _checked(name: str, value: Any, expected: Any) -> Any:
-    """``value`` if it has the type ``expected``; null stands for a number that was not measured."""
-    if expected is float and value is None:
-        return math.nan
-    if expected is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if expected is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if expected is str and isinstance(value, str):
-        return value
-    arguments = getattr(expected, "__args__", ())
-    if arguments and isinstance(value, dict):
-        return {key: _checked(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
-    raise ValueError(f"{name} is {value!r}, expected {expected if arguments else expected.__name__}")
-
-
-def _is_power_of_two(key: str) -> bool:
-    return key.isascii() and key.isdigit() and int(key).bit_count() == 1

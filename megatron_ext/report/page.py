@@ -7,13 +7,16 @@ import numpy as np
 import yaml
 
 from megatron_ext.atomic_io import atomic_open
-from megatron_ext.report import formats
+from megatron_ext.report import formats, plan_figures
 from megatron_ext.report.canvas import SERIES
-from megatron_ext.report.figures import Figure, all_figures, forgetting_curve
+from megatron_ext.report.figures import all_figures, forgetting_curve
+from megatron_ext.report.gantt import plan_timeline
 from megatron_ext.report.html import Html, element, number_cell, table
 from megatron_ext.report.metrics import Run
+from megatron_ext.report.phase_axes import Figure
+from megatron_ext.report.plans import sharing
 from megatron_ext.report.style import PAGE_CSS
-from megatron_ext.report.summary import Phase, SourceResult, arrange, headline, results, source_order
+from megatron_ext.report.summary import Phase, SourceResult, arrange, chain_of, headline, results, source_order
 
 
 def write_report(runs: Sequence[Run], output: str | Path, compare: Mapping[str, Run] | None = None) -> None:
@@ -29,7 +32,7 @@ def write_report(runs: Sequence[Run], output: str | Path, compare: Mapping[str, 
 
 def render(phases: Sequence[Phase]) -> str:
     """The page as text."""
-    title = " \u2192 ".join(phase.label for phase in phases if not phase.is_control)
+    title = " \u2192 ".join(phase.label for phase in chain_of(phases))
     forgetting = forgetting_curve(phases)
     head = element(
         "head",
@@ -49,6 +52,7 @@ def render(phases: Sequence[Phase]) -> str:
         element("h2", "How training went"),
         element("p", "Where a curve is drawn twice: faint is each step, strong a moving average.", class_="muted"),
         element("div", *(_figure(figure) for figure in all_figures(phases)), class_="grid"),
+        *_sharing(phases),
         element("h2", "What ran"),
         _phases_table(phases),
         *_notes(phases),
@@ -58,7 +62,7 @@ def render(phases: Sequence[Phase]) -> str:
 
 
 def _when_and_where(phases: Sequence[Phase]) -> str:
-    first, last = phases[0].run.starts[0], [phase for phase in phases if not phase.is_control][-1].run.starts[-1]
+    first, last = phases[0].run.starts[0], chain_of(phases)[-1].run.starts[-1]
     parts = [
         formats.moment(first.time),
         f"{last.ranks} {'rank' if last.ranks == 1 else 'ranks'} on {last.device or 'unknown device'}",
@@ -70,7 +74,7 @@ def _when_and_where(phases: Sequence[Phase]) -> str:
 
 
 def _tiles(phases: Sequence[Phase]) -> Html:
-    chain = [phase.run for phase in phases if not phase.is_control]
+    chain, shared = [phase.run for phase in chain_of(phases)], sharing(phases)
     facts = {
         "Training tokens": formats.count(sum(run.tokens for run in chain)),
         "Optimizer steps": f"{sum(len(run.train) for run in chain):,}",
@@ -78,6 +82,7 @@ def _tiles(phases: Sequence[Phase]) -> Html:
         "Tokens per second": formats.count(_median(chain, "tokens_per_second")),
         "Model TFLOP/s": formats.count(_median(chain, "tflops")),
         "Memory per rank": formats.number(_largest(chain, "memory_gib")) + " GiB",
+        **(shared.facts if shared else {}),
     }
     tiles = [element("div", element("dt", name), element("dd", value)) for name, value in facts.items() if not value.startswith("n/a")]
     return element("dl", *tiles, class_="tiles")
@@ -95,7 +100,6 @@ def _results_table(phases: Sequence[Phase]) -> Html:
 
 
 def _result_row(row: SourceResult, color: int, begins_phase: bool) -> Html:
-    swatch = element("span", class_="swatch", style=f"background: var(--series-{color % SERIES})")
     classes = ["new-phase"] * begins_phase + ["control"] * row.phase.is_control
     numbers = (
         formats.loss(row.first_loss),
@@ -106,8 +110,22 @@ def _result_row(row: SourceResult, color: int, begins_phase: bool) -> Html:
         formats.number(row.epochs),
     )
     label = row.phase.label if begins_phase else ""
-    cells = [element("td", label), element("td", swatch, row.name), *map(number_cell, numbers)]
+    cells = [element("td", label), element("td", _swatch(f"series-{color % SERIES}"), row.name), *map(number_cell, numbers)]
     return element("tr", *cells, class_=" ".join(classes))
+
+
+def _sharing(phases: Sequence[Phase]) -> list[Html]:
+    """The section about plans, empty where no rank shared a pack."""
+    if sharing(phases) is None:
+        return []
+    words = "The degree of a pack is the number of ranks that share its documents, and so their attention, by exchanging tokens for heads."
+    timeline = plan_timeline(phases)
+    return [
+        element("h2", "How ranks shared packs"),
+        element("p", words, class_="muted"),
+        *([_figure(timeline)] if timeline else []),
+        element("div", *(_figure(figure) for figure in plan_figures.curves(phases)), class_="grid"),
+    ]
 
 
 def _phases_table(phases: Sequence[Phase]) -> Html:
@@ -141,7 +159,13 @@ def _details(phase: Phase) -> Html:
 
 
 def _figure(figure: Figure) -> Html:
-    return element("figure", element("h3", figure.title), element("figcaption", figure.caption), Html(figure.svg))
+    legend = [element("span", _swatch(color), text) for color, text in figure.legend]
+    words = [element("h3", figure.title), element("figcaption", figure.caption)]
+    return element("figure", *words, *([element("div", *legend, class_="legend")] if legend else []), Html(figure.svg))
+
+
+def _swatch(color: str) -> Html:
+    return element("span", class_="swatch", style=f"background: var(--{color})")
 
 
 def _median(runs: Sequence[Run], column: str) -> float:

@@ -36,8 +36,11 @@ th:first-child, td:first-child { padding-left: 0; }
 tr.new-phase td { border-top: 2px solid var(--grid); }
 tr.control td { color: var(--muted); }
 .swatch { display: inline-block; width: 0.625rem; height: 0.625rem; margin-right: 0.5rem; border-radius: 50%; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1.25rem; font-size: 0.875rem; }
+.legend .swatch { border-radius: 0.125rem; margin-right: 0.375rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.75rem 2rem; }
 figure { margin: 0; min-width: 0; }
+figure + .grid { margin-top: 1.75rem; }
 figure h3 { margin: 0; font-size: 1rem; font-weight: 600; }
 figure svg { display: block; width: 100%; height: auto; margin-top: 0.25rem; overflow: visible; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
@@ -51,5 +54,7 @@ figure svg text { font-variant-numeric: tabular-nums; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; padding: 1rem; border-radius: 0.5rem; background: var(--band); font-size: 0.8125rem; line-height: 1.45; }
-@media print { body { max-width: none; } .grid { display: block; } figure { break-inside: avoid; margin-bottom: 1.5rem; } }
+@media print { body { max-width: none; } .legend { display: flex; flex-wrap: wrap; gap: 0 1.25rem; font-size: 0.875rem; }
+.legend .swatch { border-radius: 0.125rem; margin-right: 0.375rem; }
+.grid { display: block; } figure { break-inside: avoid; margin-bottom: 1.5rem; } }
 """

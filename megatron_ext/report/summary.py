@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megatron_ext.errors import DataError
 from megatron_ext.report import formats
-from megatron_ext.report.metrics import EvalRecord, Run
+from megatron_ext.report.metrics import Run
+from megatron_ext.report.records import EvalRecord
 
 _HEADLINE_SOURCES = 3
 
@@ -67,6 +68,11 @@ def arrange(runs: Sequence[Run], compare: Mapping[str, Run] | None = None) -> li
     return phases + controls
 
 
+def chain_of(phases: Sequence[Phase]) -> list[Phase]:
+    """The phases that continue each other, without control runs."""
+    return [phase for phase in phases if not phase.is_control]
+
+
 def source_order(phases: Sequence[Phase]) -> list[str]:
     """Every source of every phase, in order of first appearance: the order of colours."""
     return list(dict.fromkeys(source for phase in phases for source in phase.run.sources))
@@ -104,7 +110,7 @@ def results(phases: Sequence[Phase]) -> list[SourceResult]:
 
 def _phases_before(phase: Phase, phases: Sequence[Phase]) -> list[Phase]:
     """The phases whose model this one continued."""
-    chain = [other for other in phases if not other.is_control]
+    chain = chain_of(phases)
     return chain[:-1] if phase.is_control else chain[: chain.index(phase)]
 
 
@@ -128,7 +134,7 @@ def _result(phase: Phase, source: str, split: str, name: str, losses: list[float
 def headline(phases: Sequence[Phase]) -> str:
     """Two or three sentences with the outcome of the last phase, in numbers, and of the control runs."""
     rows = [row for row in results(phases) if row.change is not None and math.isfinite(row.change)]
-    chain = [phase for phase in phases if not phase.is_control]
+    chain = chain_of(phases)
     last = [row for row in rows if row.phase is chain[-1]]
     if not last:
         return _headline_without_evaluations(chain[-1])

@@ -28,6 +28,8 @@ class StepResult:
     skipped: bool
     flags: torch.Tensor
     """What the ranks passed as ``flags``, summed."""
+    exchange_seconds: float
+    """Mean over the ranks of the time in exchanges of shared packs; see ``Traffic``."""
 
     @property
     def loss(self) -> float:
@@ -40,6 +42,9 @@ class Passes(Protocol):
 
     in_rounds: bool
     """Data ranks wait for each other between packs: plans must be in rounds, of at least one."""
+
+    pack_seconds: float
+    """Seconds from the first pack of the last step to the end of the last one; of a pipeline, with the update."""
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """Accumulate the gradients of the sum of losses over ``denominator``, then take the optimizer's step."""
@@ -106,10 +111,18 @@ class Engine:
             flags: float64 [n]: small values to be summed over the ranks on the way.
         """
         losses = LossSums(self._num_sources)
+        before = self.grid.traffic.exchange_seconds
         self.optimizer.expect_backwards(len(packs))
         self._passes.train(packs, float(max(1, step_loss_tokens)), losses)
-        sums, flags = losses.over(self.grid, flags)
-        return StepResult(sums[0], sums[1], self.optimizer.grad_norm, self.optimizer.overflow, flags)
+        mine = torch.tensor([self.grid.traffic.exchange_seconds - before], dtype=torch.float64)
+        sums, beside = losses.over(self.grid, torch.cat([flags, mine]))
+        exchange = float(beside[-1]) / self.grid.shape.size
+        return StepResult(sums[0], sums[1], self.optimizer.grad_norm, self.optimizer.overflow, beside[:-1], exchange)
+
+    @property
+    def pack_seconds(self) -> float:
+        """Seconds from the first pack of the last step to the end of the last one on this rank."""
+        return self._passes.pack_seconds
 
     def evaluate(self, packs: Packs) -> tuple[float, float]:
         """Sum of the losses in nats of the packs of all ranks, and the number of their labelled tokens. ``packs`` as in ``step``."""

@@ -43,6 +43,8 @@ def sharing_of(batch: PackedBatch, grid: Grid) -> Sharing | None:
     """The ranks that this rank shares a pack with. Their groups exist: ``Engine.packs_of`` made them."""
     if not batch.shard_tokens:
         return None
+    ring = len(batch.chunks[0]) // 2 if batch.chunks else 1
     heads = grid.block(len(batch.shard_tokens))
+    around = grid.ring(ring * len(batch.shard_tokens), ring) if ring > 1 else None
     assert heads is not None, "plans are made of whole blocks"
-    return Sharing(heads, batch.shard_tokens)
+    return Sharing(heads, batch.shard_tokens, around, batch.chunks)

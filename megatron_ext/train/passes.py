@@ -5,6 +5,7 @@ boundary; the all-reduce of gradients at that boundary is switched off by ``enab
 each gradient to its owner.
 """
 
+import time
 from typing import Any
 
 import deepspeed
@@ -22,6 +23,7 @@ class WholePasses:
     """See ``Passes``. The arguments are those of ``Engine``."""
 
     in_rounds = False
+    pack_seconds = 0.0
 
     def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
         join_deepspeed(grid.world)
@@ -34,12 +36,14 @@ class WholePasses:
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """See ``Passes``."""
+        begin = time.perf_counter()
         self._engine.train()
         for pack in packs:
             batch = pack.to(self._device)
             loss_sum, token_loss = self._engine(*batch.model_inputs, sharing_of(batch, self._grid))
             self._engine.backward(loss_sum / denominator, scale_wrt_gas=False)
             losses.add(token_loss, batch.loss_weight, batch.sources)
+        self.pack_seconds = time.perf_counter() - begin
         self._engine.step()
 
     @torch.no_grad()

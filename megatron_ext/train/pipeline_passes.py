@@ -9,6 +9,7 @@ Read from deepspeed 0.19.8, and relied upon:
 - Its activation checkpointing stays off: the blocks have their own.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -93,6 +94,7 @@ class PipelinePasses:
     """See ``Passes``. The arguments are those of ``Engine``."""
 
     in_rounds = True
+    pack_seconds = 0.0
 
     def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
         join_deepspeed(grid.world)
@@ -114,9 +116,11 @@ class PipelinePasses:
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """See ``Passes``."""
         self._loss.denominator = denominator
+        begin = time.perf_counter()
         feed = self._prepare(packs, losses)
         self._engine.micro_batches = len(packs)
         self._engine.train_batch(feed)
+        self.pack_seconds = time.perf_counter() - begin
 
     def evaluate(self, packs: Packs, losses: LossSums) -> None:
         """See ``Passes``."""

@@ -19,17 +19,22 @@ from megatron_ext.optim.main_gradients import main_dtype
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
-from megatron_ext.planning import CostModel, Plan, plan_step
+from megatron_ext.planning.worker import PlanSettings
 from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.console import Console
+from megatron_ext.train.cost_correction import CostCorrection
+from megatron_ext.train.costs import cost_model
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.metrics import MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
 from megatron_ext.train.packs import PlannedPacks
+from megatron_ext.train.step_plans import StepPlan, StepPlanner
 from megatron_ext.train.stopping import StopRequest
 
 CHECKPOINTS = "checkpoints"
+MOST_PACKS_WRITTEN = 4096
+"""A plan of more packs makes no picture, and long lines."""
 
 
 class Trainer:
@@ -50,7 +55,12 @@ class Trainer:
         self.engine = build_engine(setup, self.model, grid)
         self.optimizer = self.engine.optimizer
         self.monitors = Monitors(monitor_config(self.config))
+        self.cost, why_cost = cost_model(setup, grid.shape, self.world.device, next(self.model.parameters()).dtype)
+        if self.config.planning.policy != "data_parallel":
+            self.chosen["costs"] = why_cost
+        self.correction = CostCorrection(self.cost)
         self.resumed_from = self._resume()
+        self.planner = self._build_planner()
         self.console = Console(self.world.is_main, self.total_steps)
         self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
         self.checkpoints = CheckpointWriter(
@@ -61,6 +71,19 @@ class Trainer:
             self.config.checkpoint.keep_last,
             int(self.config.checkpoint.max_shard_gib * 2**30),
         )
+
+    def _build_planner(self) -> StepPlanner:
+        options, data = self.config.planning, self.setup.mixture
+        settings = PlanSettings(
+            devices=self.grid.shape.dp,
+            policy=options.policy,
+            degree=options.degree,
+            largest_degree=options.largest_degree,
+            in_rounds=self.engine.in_rounds,
+            split_long=options.split_long,
+        )
+        costs = self.correction.corrected(self.cost)
+        return StepPlanner(settings, costs, self.grid, data, self.config.data.tokens_per_step, options.ahead)
 
     def train(self) -> None:
         """Run to the last step, or to the end of the step in which a stop was asked for; then save."""
@@ -82,6 +105,7 @@ class Trainer:
                 break
         else:
             self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
+        self.planner.close()
         self.metrics.close()
         self.engine.close()
 
@@ -89,23 +113,24 @@ class Trainer:
         """One optimizer step; returns whether a rank was asked to stop."""
         begin = time.perf_counter()
         pieces = self.setup.mixture.take(self.config.data.tokens_per_step)
-        lengths = [len(piece) for piece in pieces]
-        policy = self.config.planning.policy
-        plan = plan_step(lengths, self.grid.shape.dp, CostModel(self.setup.tokens_per_pack), policy, in_rounds=self.engine.in_rounds)
+        step_plan = self.planner.next_step(pieces, self.setup.mixture.corpora)
         self.step += 1
         lr = self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step, self.total_steps)
         self.optimizer.set_learning_rate(lr)
         asked = torch.tensor([float(self.stop.reason is not None)], dtype=torch.float64)
-        packs = PlannedPacks(self.engine.packs_of(plan), pieces, self.setup.mixture.corpora, self.setup.model.vocab_size, self.grid.dp.rank)
+        mine = self.engine.packs_of(step_plan.plan)
+        packs = PlannedPacks(mine, pieces, self.setup.mixture.corpora, self.setup.model.vocab_size, self.grid.dp.rank)
         result = self.engine.step(packs, sum(piece.loss_tokens for piece in pieces), asked)
         if self._due(self.config.train.check_replicas_every):
             self.optimizer.check_replicas()
         synchronize(self.world.device)
         self.skipped_steps += result.skipped
-        self._record(pieces, plan, result, lr, time.perf_counter() - begin)
+        if self.config.planning.correct:
+            self.correction.add(mine, self.planner.cost, self.engine.pack_seconds)
+        self._record(pieces, step_plan, result, lr, time.perf_counter() - begin)
         return bool(result.flags[0] > 0)
 
-    def _record(self, pieces: list[Piece], plan: Plan, result: StepResult, lr: float, seconds: float) -> None:
+    def _record(self, pieces: list[Piece], step_plan: StepPlan, result: StepResult, lr: float, seconds: float) -> None:
         lengths = [len(piece) for piece in pieces]
         step_tokens = sum(lengths)
         self.tokens += step_tokens
@@ -127,8 +152,10 @@ class Trainer:
             "tflops": step_tokens * flops / seconds / 1e12,
             "memory_gib": peak_memory_bytes(self.world.device) / 2**30,
             "step_seconds": seconds,
-            "packs": len(plan.packs),
-            "pack_fill": plan.fill(self.setup.tokens_per_pack),
+            "packs": sum(bool(pack.slices) for pack in step_plan.plan.packs),
+            "pack_fill": step_plan.plan.fill(self.setup.tokens_per_pack),
+            "exchange_seconds": result.exchange_seconds,
+            **(step_plan.record() if self.world.is_main else {}),
             "length_histogram": length_histogram(lengths),
             "skipped_steps": self.skipped_steps,
             "epochs": self.setup.mixture.epochs(),
@@ -138,12 +165,14 @@ class Trainer:
         self.console.count(step_tokens)
         if self._due(self.config.logging.every) or self.step in (1, self.total_steps):
             self.console.step_line(record, flops)
+            if self.world.is_main and len(step_plan.plan.packs) <= MOST_PACKS_WRITTEN:
+                self.metrics.write("plan", step=self.step, **step_plan.picture(self.planner.cost))
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
     def _evaluate(self) -> None:
-        results = evaluate(self.engine, self.setup.validation, self.setup.tokens_per_pack, self.setup.model.vocab_size)
+        results = evaluate(self.engine, self.setup.validation, self.planner, self.setup.model.vocab_size)
         for each in results:
             self.metrics.write(
                 "eval",
@@ -160,12 +189,22 @@ class Trainer:
             self.console.say(f"step {self.step}: {results[0].split} loss {losses}")
 
     def _save(self) -> None:
+        if self.config.planning.correct:
+            self._correct_costs()
         begin = time.perf_counter()
         path = self.checkpoints.save(self.step, self.engine.weight, self.optimizer, self._state())
         seconds = time.perf_counter() - begin
         self.metrics.write("event", event="checkpoint", step=self.step, path=str(path), seconds=seconds)
         self.console.say(f"saved {path} in {seconds:.1f} s")
         self.console.start_clock()
+
+    def _correct_costs(self) -> None:
+        """Fit the cost model to the steps since the last checkpoint."""
+        self.correction.fit(self.world)
+        compute, exchange = self.correction.compute, self.correction.exchange
+        self.planner.restart(self.setup.mixture, self.correction.corrected(self.cost))
+        self.metrics.write("event", event="cost_correction", step=self.step, compute=compute, exchange=exchange)
+        self.console.say(f"costs corrected by the steps since the last checkpoint: compute x {compute:.3f}, exchanges x {exchange:.3f}")
 
     def _state(self) -> dict[str, Any]:
         """What resuming needs beside the optimizer."""
@@ -179,6 +218,7 @@ class Trainer:
             "data": self.setup.mixture.state_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "grid": asdict(self.grid.shape),
+            "cost_correction": self.correction.state(),
             "versions": _versions(),
         }
 
@@ -193,6 +233,7 @@ class Trainer:
         self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
         self.tokens_by_source |= {name: n for name, n in state["tokens_by_source"].items() if name in self.tokens_by_source}
         self.optimizer.updates = state["updates"]
+        self.correction.load(state.get("cost_correction"))
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
         return path
 

@@ -65,9 +65,21 @@ REFUSED = [
     ("data.replay={share: 0.1, run: r, sources: [{name: a, path: b}]}", "data.replay.run: 'r'; accepted: exactly one of run and sources"),
     ("data.replay={run: r}", "data.replay.share: not set; accepted: a value, because there is no default"),
     # planning
-    ("planning.policy=data-parallel", "planning.policy: 'data-parallel'; accepted: data_parallel; nearest: data_parallel"),
+    (
+        "planning.policy=data-parallel",
+        "planning.policy: 'data-parallel'; accepted: data_parallel, static, best_static, adaptive; nearest: data_parallel",
+    ),
+    ("planning={policy: static}", "planning.degree: null; accepted: a power of two, because policy is static"),
+    ("planning={policy: adaptive, degree: 2}", "planning.degree: 2; accepted: null, because policy is adaptive"),
+    ("planning={policy: static, degree: 3}", "planning.degree: 3; accepted: a power of two"),
+    ("planning.largest_degree=6", "planning.largest_degree: 6; accepted: a power of two, or null"),
+    ("planning.ahead=-1", "planning.ahead: -1; accepted: a number of steps, at least 0"),
+    ("planning={policy: static, degree: 4, tokens_per_pack: 31}", "planning.tokens_per_pack: 31; accepted: at least 32, so that"),
     ("planning.tokens_per_pack=0", "planning.tokens_per_pack: 0; accepted: a number of tokens, at least 1, or null"),
-    ("planning.tokens_per_pack=127", "planning.tokens_per_pack: 127; accepted: at least data.sequence_length (128), or null"),
+    (
+        "planning.tokens_per_pack=127",
+        "planning.tokens_per_pack: 127; accepted: at least 128, so that a pack holds data.sequence_length (128)",
+    ),
     # optimizer and schedule
     ("optimizer.lr=-1e-3", "optimizer.lr: -0.001; accepted: at least 0"),
     ("optimizer.betas=[0.9, 1]", "optimizer.betas: (0.9, 1.0); accepted: two numbers, each at least 0 and less than 1"),

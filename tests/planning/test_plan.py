@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.errors import ConfigError
@@ -19,6 +19,7 @@ def test_packs_know_their_tokens_and_ranks() -> None:
     assert Plan(2, ()).fill(10) == 1.0
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), max_size=40), ranks=st.integers(1, 8))
 def test_encoding_is_lossless(lengths: list[int], ranks: int) -> None:
     plan = plan_step(lengths, ranks, CostModel(50))
@@ -72,6 +73,9 @@ def test_what_is_no_plan_is_refused(encoded: list[int]) -> None:
         ([Pack(-1, 1, ())], "are not an aligned"),
         ([Pack(0, 4, (), 3)], "pack 0: a ring of 3 does not divide 4 ranks"),
         ([Pack(0, 4, (), 0)], "pack 0: a ring of 0"),
+        ([Pack(0, 4, ()), Pack(0, 1, (Slice(0, 0, 11),)), Pack(1, 2, ())], "pack 1 has 11 tokens"),
+        ([Pack(0, 2, (Slice(0, 0, 15),)), Pack(2, 1, (Slice(-1, 0, 9),))], "pack 1 names document -1"),
+        ([Pack(0, 2, (Slice(0, 0, 15),)), Pack(2, 1, (Slice(1, 0, 5), Slice(1, 5, 5), Slice(1, 5, 9)))], "document 1: tokens 5 to 5"),
     ],
 )
 def test_a_wrong_plan_names_what_is_wrong(packs: list[Pack], message: str) -> None:

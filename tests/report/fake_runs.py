@@ -36,6 +36,33 @@ def train(step: int, loss: float = 5.0, **changes: Any) -> dict[str, Any]:
     return record | {"skipped_steps": 0, "epochs": {"prose": 0.01 * step}} | changes
 
 
+def shared(step: int, **changes: Any) -> dict[str, Any]:
+    """A step whose ranks shared packs."""
+    record = {"plan_policy": "adaptive", "plan_seconds": 1.5, "plan_gap": 0.02, "planning_seconds": 0.01, "plan_stall_seconds": 0.001}
+    return train(step) | record | {"exchange_seconds": 0.25, "tokens_by_degree": {"1": 2048, "4": 6144}} | changes
+
+
+def plan(step: int, packs: list[list[float]], **changes: Any) -> dict[str, Any]:
+    """A plan; packs are [first rank, degree, ring, tokens, documents, begin, end]."""
+    seconds = max((pack[6] for pack in packs), default=0.0)
+    record = {"kind": "plan", "time": 1.7e9 + 2 * step, "step": step, "devices": 4, "in_rounds": False}
+    return record | {"seconds": seconds, "bound": 0.75 * seconds, "packs": packs} | changes
+
+
+def packs_of_all_degrees(devices: int, seed: int) -> list[list[float]]:
+    """Packs on aligned blocks of 1, 1, 2, 4, 8 ... ranks, and then one on each rank."""
+    random = np.random.default_rng(seed)
+    free, packs, first = np.zeros(devices), [], 0
+    while first < devices:
+        degree = min(first & -first or 1, 1 << ((devices - first).bit_length() - 1))
+        free[first : first + degree] = random.uniform(0.5, 1.0)
+        packs.append([first, degree, 1, 8192 * degree, 5, 0.0, free[first]])
+        first += degree
+    for rank in range(devices):
+        packs.append([rank, 1, 1, 4096, 40, free[rank], free[rank] + random.uniform(0.2, 0.4)])
+    return packs
+
+
 def evaluation(step: int, source: str, loss: float, **changes: Any) -> dict[str, Any]:
     record = {"kind": "eval", "time": 1.7e9 + 2 * step, "step": step, "tokens": step * TOKENS_PER_STEP, "source": source}
     return record | {"split": "validation", "loss": loss, "eval_tokens": 65536} | changes

@@ -8,17 +8,7 @@ from megatron_ext.report import figures
 from megatron_ext.report.metrics import read_run
 from megatron_ext.report.summary import Phase, arrange
 from tests.report.fake_runs import TOKENS_PER_STEP, evaluation, start, train, write_run
-
-
-def _paths(svg: str, style: str) -> list[np.ndarray]:
-    """The points, float [points, 2], of each path whose style holds ``style``."""
-    found = re.findall(r'<path d="([^"]*)"[^>]*style="([^"]*)"', svg)
-    numbers = [re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", path) for path, css in found if style in css]
-    return [np.array(values, dtype=np.float64).reshape(-1, 2) for values in numbers]
-
-
-def _texts(svg: str) -> list[str]:
-    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+from tests.report.svg import first_drawing, paths, texts
 
 
 @pytest.fixture
@@ -33,9 +23,9 @@ def phases(tmp_path: Path) -> list[Phase]:
 
 def test_the_forgetting_curve_joins_phases_at_their_border(phases: list[Phase]) -> None:
     svg = figures.forgetting_curve(phases).svg
-    wide = svg[: svg.index("</svg>")]
-    first, second, control = (path for path in _paths(wide, "var(--series-0); stroke-width: 2") if len(path) == 2)
-    (border,) = (path for path in _paths(wide, "var(--muted)") if len(path) == 2 and path[0, 0] == path[1, 0])
+    wide = first_drawing(svg)
+    first, second, control = (path for path in paths(wide, "var(--series-0); stroke-width: 2") if len(path) == 2)
+    (border,) = (path for path in paths(wide, "var(--muted)") if len(path) == 2 and path[0, 0] == path[1, 0])
     np.testing.assert_allclose(first[1], second[0], atol=0.01)
     np.testing.assert_allclose(second[0], control[0], atol=0.01)
     assert border[0, 0] == pytest.approx(second[0, 0], abs=0.01)
@@ -49,17 +39,17 @@ def test_the_forgetting_curve_joins_phases_at_their_border(phases: list[Phase]) 
 
 def test_the_unigram_entropy_is_a_level_between_its_neighbouring_losses(phases: list[Phase]) -> None:
     svg = figures.forgetting_curve(phases).svg
-    curve = next(path for path in _paths(svg, "var(--series-0); stroke-width: 2") if len(path) == 2)
-    level = next(path for path in _paths(svg, "stroke-dasharray: 1.5,2.475") if len(path) == 2)
+    curve = next(path for path in paths(svg, "var(--series-0); stroke-width: 2") if len(path) == 2)
+    level = next(path for path in paths(svg, "stroke-dasharray: 1.5,2.475") if len(path) == 2)
     height = np.interp(6.41, [4.0, 8.0], [curve[1, 1], curve[0, 1]])
     assert level[:, 1].tolist() == pytest.approx([height, height], abs=0.01)
 
 
 def test_forgetting_in_percent_is_relative_to_the_start_of_the_phase(phases: list[Phase]) -> None:
     figure = figures.forgetting_in_percent(phases)
-    assert {"prose +25.0 %", "prose +50.0 %"} <= set(_texts(figure.svg))
-    second, control = _paths(figure.svg, "var(--series-0); stroke-width: 2")
-    zero = next(path for path in _paths(figure.svg, "stroke: var(--muted); stroke-linecap") if len(path) == 2)
+    assert {"prose +25.0 %", "prose +50.0 %"} <= set(texts(figure.svg))
+    second, control = paths(figure.svg, "var(--series-0); stroke-width: 2")
+    zero = next(path for path in paths(figure.svg, "stroke: var(--muted); stroke-linecap") if len(path) == 2)
     assert second[0, 1] == control[0, 1] == pytest.approx(zero[0, 1], abs=0.01)
     assert (zero[0, 1] - control[1, 1]) / (zero[0, 1] - second[1, 1]) == pytest.approx(50 / 25, rel=1e-3)
     assert figures.forgetting_in_percent(phases[:1]) is None
@@ -69,7 +59,7 @@ def test_training_loss_shows_every_step(tmp_path: Path) -> None:
     losses = [5.0, 3.0, 4.0, 2.0]
     run = read_run(write_run(tmp_path / "run", [start(), *(train(i + 1, losses[i]) for i in range(4))]))
     svg = figures.training_loss(arrange([run])).svg
-    (faint,) = _paths(svg, "stroke-opacity: 0.35; stroke-width: 0.8")
+    (faint,) = paths(svg, "stroke-opacity: 0.35; stroke-width: 0.8")
     assert len(faint) == 4
     slope = (faint[1, 1] - faint[0, 1]) / (losses[1] - losses[0])
     np.testing.assert_allclose(faint[:, 1], faint[0, 1] + slope * (np.array(losses) - losses[0]), atol=0.01)
@@ -78,12 +68,12 @@ def test_training_loss_shows_every_step(tmp_path: Path) -> None:
 def test_bars_are_shares_of_documents_between_powers_of_two(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [start(), train(1, length_histogram={"64": 2, "128": 6, "512": 4})]))
     svg = figures.document_lengths(arrange([run])).svg
-    bars = [path for path in _paths(svg, "fill: var(--series-0)") if len(path) >= 4]
+    bars = [path for path in paths(svg, "fill: var(--series-0)") if len(path) >= 4]
     heights = np.array([np.ptp(bar[:, 1]) for bar in bars])
     np.testing.assert_allclose(heights / heights.max(), [2 / 6, 1, 0, 4 / 6], atol=1e-4)
-    texts = _texts(svg)
-    assert {"32", "64", "128", "256", "512", "40 %", "pretrain: 12 documents"} <= set(texts)
-    assert not any(text.endswith("00 %") and text != "100 %" for text in texts)
+    words = texts(svg)
+    assert {"32", "64", "128", "256", "512", "40 %", "pretrain: 12 documents"} <= set(words)
+    assert not any(text.endswith("00 %") and text != "100 %" for text in words)
 
 
 def test_skipped_steps_are_marked_where_they_happened(tmp_path: Path) -> None:
@@ -95,7 +85,7 @@ def test_skipped_steps_are_marked_where_they_happened(tmp_path: Path) -> None:
     )
     per_token = (float(ticks["60 k"]) - float(ticks["0"])) / 60_000
     assert [float(x) for x in markers] == pytest.approx([float(ticks["0"]) + 2 * TOKENS_PER_STEP * per_token], abs=0.05)
-    assert set(ticks) <= set(_texts(svg))
+    assert set(ticks) <= set(texts(svg))
 
 
 def test_figures_without_data_are_left_out(tmp_path: Path) -> None:

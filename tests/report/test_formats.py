@@ -26,9 +26,20 @@ def test_duration(seconds: float, text: str) -> None:
     assert formats.duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 s"), (4.2e-6, "0.0042 ms"), (0.01234, "12.3 ms"), (0.1, "0.1 s"), (1.5849, "1.58 s"), (99.94, "99.9 s"), (252, "4 min 12 s")],
+)
+def test_seconds(value: float, text: str) -> None:
+    assert formats.seconds(value) == text
+
+
 def test_a_number_that_was_not_measured_is_said_to_be_missing() -> None:
-    for form in (formats.loss, formats.percent, formats.number, formats.count, formats.duration, formats.learning_rate):
+    forms = (formats.loss, formats.percent, formats.number, formats.count, formats.duration, formats.learning_rate)
+    for form in (*forms, formats.share, formats.seconds):
         assert form(math.nan) == "n/a"
     assert formats.loss(None) == formats.percent(None) == formats.number(None) == "n/a"
     assert formats.percent(1.84) == "+1.8 %"
     assert formats.percent(-36.05) == "-36.0 %"
+    assert formats.share(0.0125) == "1.2 %"
+    assert formats.share(-1e-9) == "0.0 %"

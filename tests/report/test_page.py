@@ -8,7 +8,7 @@ from megatron_ext.errors import DataError
 from megatron_ext.report.metrics import read_run
 from megatron_ext.report.page import render, write_report
 from megatron_ext.report.summary import arrange
-from tests.report.fake_runs import evaluation, start, three_runs, train, write_run
+from tests.report.fake_runs import evaluation, packs_of_all_degrees, plan, shared, start, three_runs, train, write_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -78,6 +78,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     runs = {name: read_run(path) for name, path in three_runs(directory).items()}
     write_report([runs["pretrain"], runs["continual"]], directory / "report.html", {"without replay": runs["no_replay"]})
     return (directory / "report.html").read_text("utf-8")
+
+
+SHARING_FIGURES = {
+    "Ranks during the first and the last recorded step, predicted",
+    "Tokens by degree",
+    "Gap to the lower bound",
+    "Time in exchanges",
+}
 
 
 def _one_run(directory: Path, *records: Any, **changes: Any) -> Page:
@@ -218,3 +226,43 @@ def test_names_in_any_script_reach_the_figures(tmp_path: Path) -> None:
     name = "\u65e5\u672c\u8a9e"
     page = _one_run(tmp_path, evaluation(0, name, 9.0), train(1), evaluation(1, name, 8.0))
     assert page.svg_texts.count(f"{name} 8.00") == 2
+
+
+def test_a_run_that_shared_packs_has_a_section_about_it(tmp_path: Path) -> None:
+    plans = [plan(step, packs_of_all_degrees(96, step), devices=96) for step in (1, 20)]
+    steps = [shared(step, plan_policy="best_static" if step % 5 == 0 else "adaptive", plan_gap=0.01 * step) for step in range(1, 21)]
+    records = [start(), *steps, *plans]
+    run = read_run(write_run(tmp_path / "run", records, config={"planning": {"policy": "adaptive"}}))
+    text = render(arrange([run]))
+    page = Page(text)
+    assert set(page.titles) >= SHARING_FIGURES
+    assert "How ranks shared packs" in page.text
+    for name, value in {
+        "Planning policy": "adaptive",
+        "Median gap to the bound": "10.5 %",
+        "Median share of exchanges": "12.5 %",
+        "Steps planned by fallback": "4 of 20",
+        "Waited for plans": "20 ms",
+    }.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in text
+    assert 'background: var(--grid)"></span>idle</span>' in text
+    assert "degree 4: 75.0 %" in page.text
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 100
+    assert not {"script", "link", "img"} & set(page.tags)
+    assert "#fe01" not in text
+
+
+def test_where_every_rank_computes_whole_documents_nothing_is_said_of_plans(text: str, tmp_path: Path) -> None:
+    alone = shared(1, plan_policy="data_parallel", tokens_by_degree={"1": 8192}, exchange_seconds=0.0)
+    page = _one_run(tmp_path, alone, plan(1, [[0, 1, 1, 8192, 4, 0.0, 1.0]]))
+    for words in (page.text, text):
+        assert "shared packs" not in words and "Planning policy" not in words
+    assert not SHARING_FIGURES & set(page.titles)
+
+
+def test_a_run_resumed_from_an_old_version_shows_what_it_knows(tmp_path: Path) -> None:
+    page = _one_run(tmp_path, train(1), train(2), shared(3, plan_policy="static"))
+    assert set(page.titles) >= {"Tokens by degree", "Gap to the lower bound", "Time in exchanges"}
+    assert "fallback" not in page.text
+    assert not any("recorded step" in title for title in page.titles)

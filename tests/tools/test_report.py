@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.fake_runs import start, three_runs, train, write_run
+from tests.report.fake_runs import plan, shared, start, three_runs, train, write_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 
@@ -37,6 +37,13 @@ def test_output_goes_where_it_is_told_and_no_table_is_printed_unasked(tmp_path: 
     assert "[red]name[/red]" in capsys.readouterr().out
 
 
+def test_the_table_is_followed_by_how_ranks_shared_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", [start(), shared(1, plan_policy="static")])
+    assert _main(run, "--text", "--output", tmp_path / "page.html") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "planning policy: static; median gap to the bound: 2.0 %; median share of exchanges: 12.5 %; waited for plans: 1 ms" in words
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -46,6 +53,7 @@ def test_output_goes_where_it_is_told_and_no_table_is_printed_unasked(tmp_path: 
         (["{}/run", "--compare", "x={}/run", "--compare", "x={}/run"], "the label 'x' is already that of"),
         (["{}/run", "--output", "{}/absent/page.html"], "there is no directory"),
         (["{}/broken"], "metrics.jsonl:2: not a record"),
+        (["{}/garbled"], "metrics.jsonl:3: not a record"),
     ],
 )
 def test_errors_name_what_is_wrong_and_write_nothing(
@@ -53,6 +61,7 @@ def test_errors_name_what_is_wrong_and_write_nothing(
 ) -> None:
     write_run(tmp_path / "run", [start(), train(1)])
     write_run(tmp_path / "broken", [start(), "garbage", train(1)])
+    write_run(tmp_path / "garbled", [start(), shared(1), plan(1, [[0, 3, 1, 10, 1, 0.0, 1.0]])])
     assert _main(*(argument.format(tmp_path) for argument in arguments)) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

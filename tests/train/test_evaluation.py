@@ -9,13 +9,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_ext.checkpoint.hf_config import config_to_hf
 from megatron_ext.config import deepspeed_config, load_config
 from megatron_ext.data.corpus import Corpus
+from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.options import DataOptions, SourceOptions
 from megatron_ext.data.validation import ValidationSet, validation_sets
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.parallel.world import World
+from megatron_ext.planning import CostModel
+from megatron_ext.planning.worker import PlanSettings
 from megatron_ext.train.engine import owner_engine
 from megatron_ext.train.evaluation import EvaluationResult, evaluate
+from megatron_ext.train.step_plans import StepPlanner
 from tests.distributed import RankPools
 from tests.grids import data_grid, owner_optimizer
 from tests.train.tiny_run import VOCAB, random_documents, write_corpus, write_run
@@ -40,8 +44,12 @@ def evaluate_on(world: World, folder: Path, tokens_per_pack: int) -> list[Evalua
     model = model_of(1)
     optimizer = owner_optimizer(model.named_parameters(), lambda owned: torch.optim.SGD([tensor for _, tensor in owned]), world)
     engine = owner_engine(model, optimizer, data_grid(world), deepspeed_config(load_config(folder / "config.yaml"), world.size), 1)
-    results = evaluate(engine, sets_at(folder), tokens_per_pack, VOCAB)
-    assert evaluate(engine, [], tokens_per_pack, VOCAB) == []
+    sets = sets_at(folder)
+    settings = PlanSettings(world.size, "data_parallel")
+    mixture = Mixture([each.corpus for each in sets], [1.0] * len(sets), 0, 100)
+    planner = StepPlanner(settings, CostModel(tokens_per_pack), engine.grid, mixture, 100, ahead=0)
+    results = evaluate(engine, sets, planner, VOCAB)
+    assert evaluate(engine, [], planner, VOCAB) == []
     engine.close()
     assert all(parameter.grad is None for parameter in model.parameters())
     return results

@@ -1,7 +1,7 @@
 """Whatever the plan: losses, gradients and parameters of steps are those of one process, and documents do not see each other."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.pipeline import stages
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
-from megatron_ext.planning import Pack, Plan, Slice
+from megatron_ext.planning import CostModel, Pack, Plan, Slice
+from megatron_ext.planning.cost_model import AttentionShape
 from megatron_ext.train import packs as packs_module
 from megatron_ext.train.engine import Engine, owner_engine
 from megatron_ext.train.packs import PlannedPacks
@@ -51,18 +52,18 @@ class Tokens:
 PIECES = [Piece(0, number, 0, length, has_next=True) for number, length in enumerate(LENGTHS)]
 
 
-def random_plan(ranks: int, seed: int, rings: bool = False) -> Plan:
-    """Any legal plan: random packs of random blocks, some ranks with nothing."""
+def random_plan(ranks: int, seed: int, heads: int = 4) -> Plan:
+    """Any legal plan: random packs of random blocks, with and without rings, some ranks with nothing."""
     draw = random.Random(seed)
     pieces = [Slice(number, 0, length) for number, length in enumerate(LENGTHS)]
     draw.shuffle(pieces)
     packs = []
     while pieces:
-        degree = draw.choice([d for d in (1, 2, 4, 8) if d <= min(ranks, 8 if rings else 4)])
+        degree = draw.choice([d for d in (1, 2, 4, 8) if d <= ranks])
         block = draw.randrange(ranks // degree)
         count = draw.randint(1, 4)
         taken, pieces = pieces[:count], pieces[count:]
-        ring = draw.choice([r for r in (1, 2, 4, 8) if r <= degree and degree // r <= 4]) if rings else 1
+        ring = draw.choice([r for r in (1, 1, 2, 4, 8) if r <= degree <= r * heads])
         packs.append(Pack(block * degree, degree, tuple(taken), ring))
     plan = Plan(ranks, tuple(packs))
     plan.validate(LENGTHS, tokens_per_pack=10**6)
@@ -157,15 +158,10 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64_steps_by_random_plans_equal_one_process(run_ranks: RankPools, config: str, case: Case) -> None:
     data_ranks = case.ranks // case.pp // case.tp
-    plans = [limited(random_plan(data_ranks, seed), case.model.num_heads // case.tp) for seed in range(STEPS)]
-    assert any(pack.degree > 1 for plan in plans for pack in plan.packs)
+    plans = [random_plan(data_ranks, seed, case.model.num_heads // case.tp) for seed in range(STEPS)]
+    assert any(pack.degree > pack.ring for plan in plans for pack in plan.packs)
+    assert any(pack.ring > 1 for plan in plans for pack in plan.packs)
     check(run_ranks, config, case, torch.float64, 1e-10, plans)
-
-
-def limited(plan: Plan, heads: int) -> Plan:
-    """The plan with no block larger than there are heads."""
-    packs = tuple(replace(pack, degree=min(pack.degree, heads)) for pack in plan.packs)
-    return replace(plan, packs=packs)
 
 
 @pytest.mark.slow
@@ -204,6 +200,35 @@ def test_a_changed_token_changes_no_other_document(run_ranks: RankPools, config:
         assert {d for d, p in before if before[d, p] != after[d, p]} == {changed}
 
 
+def exchanged(world: World, config: str, case: Case, plan: Plan) -> dict[str, int]:
+    """Bytes that this rank sends in exchanges of one step, by collective."""
+    grid, _, _, engine = engine_on(world, config, case, torch.float64)
+    packs = packs_of(engine, plan, Tokens())
+    before = dict(grid.traffic.sent)
+    engine.step(packs, sum(LENGTHS), torch.zeros(0, dtype=torch.float64))
+    engine.close()
+    sent = {kind: count - before.get((axis, kind), 0) for (axis, kind), count in grid.traffic.sent.items() if axis in ("block", "ring")}
+    return {"all_to_all": sent.get("all_to_all", 0), "rotate": sent.get("rotate", 0)}
+
+
+@pytest.mark.parametrize("case", [Case(ranks=4), Case(ranks=4, recompute="full", kv_heads=1)], ids=str)
+def test_a_step_sends_what_the_cost_model_says(run_ranks: RankPools, config: str, case: Case) -> None:
+    model, forwards = case.model, 1 + (case.recompute == "full")
+    shape = AttentionShape(model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim, 8, forwards)
+    cost = CostModel(1000, attention=shape)
+    for seed in range(3):
+        plan = random_plan(4, seed)
+        expected = {"all_to_all": 0.0, "rotate": 0.0}
+        for pack in plan.packs:
+            ranks = pack.degree * model.num_layers
+            there, back = cost.all_to_all_bytes(pack.tokens, pack.degree, pack.ring)
+            expected["all_to_all"] += ranks * (forwards + 1) * (there + back)
+            there, back = cost.ring_step_bytes(pack.tokens, pack.degree, pack.ring)
+            expected["rotate"] += ranks * (pack.ring - 1) * (forwards * there + back)
+        seen = run_ranks(4, exchanged, config, case, plan)
+        assert {kind: sum(each[kind] for each in seen) for kind in expected} == pytest.approx(expected)
+
+
 def changing_plans(world: World, config: str) -> tuple[int, int, int]:
     """Groups after a few steps and after 50, each by another plan, and growth of memory between in KiB."""
     case = Case(ranks=world.size)
@@ -225,7 +250,7 @@ def resident_kib() -> int:
 
 def test_a_plan_that_changes_every_step_leaks_nothing(run_ranks: RankPools, config: str) -> None:
     for early, late, grown in run_ranks(4, changing_plans, config):
-        assert early == late <= 5 + 3, "the grid's lines, and blocks of 1, 2 and 4"
+        assert early == late <= 5 + 3 + 3, "the grid's lines, blocks of 1, 2 and 4, rings of 2 in 2, 2 in 4 and 4 in 4"
         assert grown < 20_000
 
 

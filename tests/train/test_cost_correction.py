@@ -1,0 +1,51 @@
+import pytest
+
+from megatron_ext.planning import CostModel, Pack, Slice
+from megatron_ext.planning.cost_model import AttentionShape, Curve
+from megatron_ext.train.cost_correction import LARGEST, CostCorrection
+from tests.grids import ALONE
+
+COST = CostModel(1000, per_token=1e-3, attention=AttentionShape(2, 8, 8, 16), all_to_all=(Curve.line(1e-3, 1e6), Curve.line(1e-3, 1e5)))
+STEPS = [[Pack(0, 1, (Slice(0, 0, 900),))], [Pack(0, 4, (Slice(0, 0, 800),)), Pack(0, 1, (Slice(1, 0, 100),))], []]
+
+
+def seconds(packs: list[Pack], cost: CostModel) -> float:
+    return sum(float(cost.pack_seconds(pack.tokens * cost.per_token, pack.tokens, pack.degree)) for pack in packs)
+
+
+def fitted(true: CostModel) -> CostCorrection:
+    correction = CostCorrection(COST)
+    for _ in range(3):
+        for packs in STEPS:
+            correction.add(packs, correction.corrected(COST), seconds(packs, true))
+        correction.fit(ALONE)
+    return correction
+
+
+def test_factors_of_a_machine_are_found() -> None:
+    correction = fitted(COST.scaled(1.7, 0.4))
+    assert correction.compute == pytest.approx(1.7, rel=0.02) and correction.exchange == pytest.approx(0.4, rel=0.15)
+    assert fitted(COST).state() == pytest.approx({**fitted(COST).state(), "compute": 1.0, "exchange": 1.0})
+
+
+def test_what_was_not_seen_stays_as_it_was() -> None:
+    correction = CostCorrection(COST)
+    correction.fit(ALONE)
+    assert (correction.compute, correction.exchange) == (1.0, 1.0)
+    correction.add(STEPS[0], COST, 3 * seconds(STEPS[0], COST))
+    correction.fit(ALONE)
+    assert correction.compute == pytest.approx(3.0, rel=0.05) and correction.exchange == pytest.approx(1.0)
+
+
+def test_a_stalled_machine_does_not_spoil_plans() -> None:
+    assert fitted(COST.scaled(1e6, 1.0)).compute == LARGEST
+
+
+def test_factors_are_those_of_one_model() -> None:
+    state = fitted(COST.scaled(2.0, 1.0)).state()
+    same, other = CostCorrection(COST), CostCorrection(COST.scaled(1.0, 2.0))
+    for correction in (same, other):
+        correction.load(state)
+    assert same.compute == state["compute"] and other.compute == 1.0
+    same.load(None)
+    assert same.compute == state["compute"]

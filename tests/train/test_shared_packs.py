@@ -1,0 +1,101 @@
+"""Whole runs whose ranks share packs: the same losses as without, exact resume, and what the run says about its plans."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import RankError, RankPools
+from tests.train.test_trainer import CHECKPOINTS, drop_after, same_tensors
+from tests.train.tiny_run import losses, master_weights, records, train, write_run
+
+SHARED = {"planning__tokens_per_pack": 16}
+"""Less than a document of 32 tokens, so that longer ones must be shared."""
+
+
+@pytest.fixture(scope="module")
+def alone(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of a run on one rank, in float64."""
+    folder = tmp_path_factory.mktemp("alone")
+    run_ranks(1, train, write_run(folder, train__dtype="float64"))
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (2, {"planning__policy": "static", "planning__degree": 2}),
+        (4, {"planning__policy": "best_static"}),
+        (4, {"planning__policy": "adaptive"}),
+        (3, {"planning__policy": "adaptive", "planning__ahead": 0}),
+        (4, {"planning__policy": "adaptive", "parallel__pp": 2}),
+        (4, {"planning__policy": "adaptive", "parallel__tp": 2, "train__activation_checkpointing": "full"}),
+    ],
+    ids=["static2", "best_static", "adaptive", "adaptive-3-now", "adaptive-pp2", "adaptive-tp2"],
+)
+def test_losses_are_those_of_one_rank(
+    run_ranks: RankPools, tmp_path: Path, alone: dict[int, float], ranks: int, changes: dict[str, object]
+) -> None:
+    run_ranks(ranks, train, write_run(tmp_path, train__dtype="float64", **SHARED, **changes))
+    assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-10, abs=0)
+    steps = records(tmp_path / "run", "train")
+    assert any(set(step["tokens_by_degree"]) - {"1"} for step in steps), "some documents were shared"
+    before = [0, *(step["tokens"] for step in steps)]
+    assert [sum(step["tokens_by_degree"].values()) for step in steps] == [
+        step["tokens"] - b for step, b in zip(steps, before, strict=False)
+    ]
+    assert all(step["plan_seconds"] > 0 and step["plan_gap"] >= -1e-9 and step["planning_seconds"] > 0 for step in steps)
+    assert all(step["exchange_seconds"] > 0 for step in steps if set(step["tokens_by_degree"]) - {"1"})
+    for plan in records(tmp_path / "run", "plan"):
+        assert max(pack[6] for pack in plan["packs"]) == pytest.approx(plan["seconds"]) and plan["seconds"] >= plan["bound"] * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero3"])
+def test_zero_shares_packs_too(run_ranks: RankPools, tmp_path: Path, sharding: str) -> None:
+    run_ranks(1, train, write_run(tmp_path / "alone"))
+    run_ranks(4, train, write_run(tmp_path / "shared", optimizer__sharding=sharding, planning__policy="adaptive", **SHARED))
+    assert losses(tmp_path / "shared/run") == pytest.approx(losses(tmp_path / "alone/run"), rel=2e-5, abs=0)
+
+
+def test_resume_is_bit_exact(run_ranks: RankPools, tmp_path: Path) -> None:
+    changes = {"planning__policy": "adaptive", "checkpoint__keep_last": 9, **SHARED}
+    run_ranks(4, train, write_run(tmp_path / "whole", **changes))
+    parted = write_run(tmp_path / "parted", **changes)
+    shutil.copytree(tmp_path / "whole/run", tmp_path / "parted/run")
+    drop_after(tmp_path / "parted", 3)
+    run_ranks(4, train, parted)
+    assert losses(tmp_path / "parted/run") == losses(tmp_path / "whole/run")
+    assert same_tensors(*(master_weights(tmp_path / name / CHECKPOINTS / "step_00000008") for name in ("parted", "whole")))
+
+
+def test_costs_are_corrected_at_checkpoints_and_kept_in_them(run_ranks: RankPools, tmp_path: Path) -> None:
+    config = write_run(tmp_path, planning__policy="adaptive", planning__correct=True, **SHARED)
+    run_ranks(2, train, config, ["train.steps=6"])
+    first = [event for event in records(tmp_path / "run", "event") if event["event"] == "cost_correction"]
+    assert [event["step"] for event in first] == [3, 6]
+    assert first[-1]["compute"] != 1.0, "this machine is not what was assumed"
+    run_ranks(2, train, config)
+    events = [event for event in records(tmp_path / "run", "event") if event["event"] == "cost_correction"]
+    assert [event["step"] for event in events] == [3, 6, 8]
+    predicted = {step["step"]: step["plan_seconds"] for step in records(tmp_path / "run", "train")}
+    factors = {event["step"]: event["compute"] for event in events}
+    assert predicted[7] / predicted[2] == pytest.approx(factors[6], rel=0.6), "step 7 was planned by the costs that step 6 saved"
+
+
+def test_a_document_that_no_block_holds_is_named(run_ranks: RankPools, tmp_path: Path) -> None:
+    config = write_run(tmp_path, planning__policy="adaptive", planning__tokens_per_pack=15)
+    with pytest.raises(RankError, match=r"(prose|code)\.bin, document \d+: 3[12] tokens; the largest block holds 30"):
+        run_ranks(2, train, config)
+
+
+def test_a_document_that_no_block_holds_is_cut_where_that_is_allowed(run_ranks: RankPools, tmp_path: Path) -> None:
+    config = write_run(tmp_path, planning__policy="adaptive", planning__tokens_per_pack=15, planning__split_long=True)
+    run_ranks(2, train, config)
+    assert len(losses(tmp_path / "run")) == 8
+
+
+def test_blocks_wait_for_no_plan_that_was_made_ahead(run_ranks: RankPools, tmp_path: Path) -> None:
+    run_ranks(2, train, write_run(tmp_path, planning__policy="adaptive", **SHARED))
+    steps = records(tmp_path / "run", "train")
+    assert all(step["plan_stall_seconds"] >= 0 for step in steps)
+    assert {step["plan_policy"] for step in steps} <= {"adaptive", "best_static"}
