@@ -36,13 +36,17 @@ def test_adaptive_is_near_the_best_of_all_plans(in_rounds: bool) -> None:
     rng = np.random.default_rng(0)
     heads = AttentionShape(layers=1, query_heads=4)
     cost = CostModel(40, 1.0, 0.01, per_pack=10.0, attention=heads, all_to_all=(Curve.line(0.5, 20.0), Curve.line(1.0, 4.0)))
-    ratios = []
+    ratios, tightness = [], []
     for _ in range(20):
         lengths = np.minimum(rng.lognormal(3.0, 1.0, 5).astype(int) + 1, 160).tolist()
         planned = plan_and_compare(lengths, 4, cost, in_rounds=in_rounds, margin=0.0)
-        ratios.append(planned.seconds / least_seconds(lengths, 4, cost, in_rounds))
+        best = least_seconds(lengths, 4, cost, in_rounds)
+        ratios.append(planned.seconds / best)
+        tightness.append(planned.bound / best)
     print(f"adaptive / best of all, in_rounds={in_rounds}: mean {np.mean(ratios):.4f}, max {max(ratios):.4f}")
     assert min(ratios) > 1 - 1e-9 and np.mean(ratios) < 1.05
+    assert 0.97 < max(tightness) <= 1 + 1e-9, "a bound 3 % higher would be found to be wrong here"
+    print(f"bound / best of all: mean {np.mean(tightness):.4f}, max {max(tightness):.4f}")
 
 
 def test_bounds_of_cases_by_hand() -> None:
