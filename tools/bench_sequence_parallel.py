@@ -31,8 +31,10 @@ from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.group import Group
 from megatron_ext.parallel.world import World, join_world
 from megatron_ext.planning import CostModel, Plan, plan_step
+from megatron_ext.planning.cost_file import cost_to_json
 from megatron_ext.planning.cost_model import AttentionShape, Curve
 from megatron_ext.planning.lengths import length_distribution
+from megatron_ext.planning.timeline import pack_seconds, timeline
 from megatron_ext.train.build import build_optimizer
 from megatron_ext.train.engine import Engine, owner_engine
 from megatron_ext.train.packs import PlannedPacks
@@ -157,8 +159,9 @@ def work(arguments: argparse.Namespace) -> None:
                 exchange += result.exchange_seconds
             tokens = {d: sum(p.tokens for each in plans for p in each.packs if p.degree == d) for d in (1, 2, 4)}
             if world.is_main and repeat:  # the first repeat warms up
+                predicted = sum(timeline(each, pack_seconds(each, cost)).seconds for each in plans)
                 line = {"policy": name, "seconds": seconds, "exchange": exchange, "losses": losses, "tokens": tokens}
-                print(json.dumps(line | {"cost": [cost.per_token, cost.per_token_squared, cost.per_pack]}), flush=True)
+                print(json.dumps(line | {"predicted": predicted, "cost": cost_to_json(cost)}), flush=True)
     os._exit(0)
 
 
@@ -186,7 +189,7 @@ def print_rate(megabits: float, lines: list[dict[str, object]], arguments: argpa
     work = f"{arguments.steps} steps of {arguments.tokens_per_step:,} tokens, {arguments.tokens_per_rank:,} a rank"
     title = f"MEASURED at {megabits:g} Mbit/s: {work}"
     table = Table(title=title)
-    for heading in ("policy", "seconds", "of adaptive: min", "median", "max", "in exchanges", "tokens by degree 1 | 2 | 4"):
+    for heading in ("policy", "seconds", "of adaptive: min", "median", "max", "predicted", "in exchanges", "tokens by degree 1 | 2 | 4"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for name in names:
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds["adaptive"], strict=True))
@@ -194,8 +197,12 @@ def print_rate(megabits: float, lines: list[dict[str, object]], arguments: argpa
         share = statistics.median(line["exchange"] / line["seconds"] for line in lines if line["policy"] == name)
         cells = (f"{each:.2f}" for each in (ratios[0], statistics.median(ratios), ratios[-1]))
         shares = " | ".join(f"{tokens:,}" for tokens in first["tokens"].values())
-        table.add_row(name, f"{statistics.median(seconds[name]):.2f}", *cells, f"{share:.0%}", shares)
+        table.add_row(name, f"{statistics.median(seconds[name]):.2f}", *cells, f"{first['predicted']:.2f}", f"{share:.0%}", shares)
     Console(width=140).print(table)
+    cost = lines[0]["cost"]
+    print(f"costs: {cost['per_token']:.2e} s/token, {cost['per_token_squared']:.2e} s/token^2, {cost['per_pack']:.2e} s/pack", end="; ")
+    slow = [(curve["seconds"][-1] - curve["seconds"][0]) / (curve["bytes"][-1] - curve["bytes"][0]) for curve in cost["all_to_all"]]
+    print(f"all-to-all of 2 and 4 ranks {1e-6 / slow[0]:.0f} and {1e-6 / slow[1]:.0f} MB/s")
     worst = max(abs(a / b - 1) for line in lines for a, b in zip(line["losses"], lines[0]["losses"], strict=True))
     print(f"losses of all policies agree to {worst:.1e}; {len(seconds['adaptive'])} repeats, policies in turn in each\n")
 

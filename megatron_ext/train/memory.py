@@ -70,7 +70,7 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
         optimizer=wide * owned * (MOMENTS + (0 if aliased else 1)),
         activations=_activations(config, model, shape, part, tokens, dtype) * min(shape.pp - stage, shape.pp),
         logits=_logits(model, shape, tokens, dtype) if part.is_last else 0,
-        buffers=_buffers(model, shape, part, tokens, dtype),
+        buffers=_buffers(model, shape, part, tokens, dtype) + _exchanged(config, model, shape, tokens, dtype),
     )
 
 
@@ -119,6 +119,14 @@ def _buffers(model: ModelConfig, shape: GridShape, part: Stage, tokens: int, dty
     buckets = 2 * BUCKET_BYTES if shape.dp > 1 else 0
     ends = 2 - part.is_first - part.is_last
     return buckets + 2 * ends * tokens * model.hidden_size * dtype.itemsize
+
+
+def _exchanged(config: RunConfig, model: ModelConfig, shape: GridShape, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of queries, keys and values on their way between the ranks of a block: as sent, and as received."""
+    if config.planning.policy == "data_parallel" or shape.dp == 1:
+        return 0
+    heads = model.num_heads // shape.tp
+    return 2 * tokens * (heads + 2 * heads) * model.head_dim * dtype.itemsize
 
 
 def grids(config: RunConfig, model: ModelConfig, devices: int) -> Iterator[GridShape]:
