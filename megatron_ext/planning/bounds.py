@@ -10,6 +10,7 @@ from math import ceil
 
 import numpy as np
 
+from megatron_ext.errors import ConfigError
 from megatron_ext.planning.cost_model import Array, CostModel
 from megatron_ext.planning.plan import IntArray
 from megatron_ext.planning.step import Step
@@ -45,10 +46,11 @@ def lower_bound(
     *,
     largest_degree: int | None = None,
     in_rounds: bool = False,
+    method: str = "area",
 ) -> float:
     """Seconds, without ``cost.per_step``, that every plan of whole documents takes at least.
 
-    An area bound: what the documents take of the ranks' time, each at the degree that takes least of it among those at which the document
+    ``area``: what the documents take of the ranks' time, each at the degree that takes least of it among those at which the document
     alone is done in time; and packs, which hold so many tokens and cost so much each, are computed whole.
 
     Args:
@@ -57,13 +59,20 @@ def lower_bound(
         cost: what packs cost.
         largest_degree: most ranks of a block; None: as ``CostModel.degrees``.
         in_rounds: ranks wait for each other between packs: the sum of the longest pack of every round.
+        method: ``area``, which takes milliseconds, or ``lp``, which takes seconds and is at least as high: see ``configuration_bound``.
 
     Raises:
-        ConfigError: a document that fits no block.
+        ConfigError: a document that fits no block, or another method.
     """
+    if method not in ("area", "lp"):
+        raise ConfigError(f"method of the bound is {method!r}; accepted: area, lp")
     step = Step.of(lengths, devices, cost, largest_degree, in_rounds)
     step.require_room()
-    return area_bound(step)
+    if method == "area":
+        return area_bound(step)
+    from megatron_ext.planning.configuration_lp import configuration_bound
+
+    return configuration_bound(step, area_bound(step))
 
 
 def fewest_rounds(step: Step) -> int:
