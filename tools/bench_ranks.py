@@ -63,7 +63,9 @@ def _work(rank: int, size: int, port: int, threads: int, connection: Connection)
     os._exit(0)
 
 
-def print_ratios(title: str, column: str, base: str, values: dict[str, Sequence[float]], unit: str, better: str) -> None:
+def print_ratios(
+    title: str, column: str, base: str, values: dict[str, Sequence[float]], unit: str, better: str, order: str = "the ways in turn in each"
+) -> None:
     """A table of medians, and of the ratios to ``base`` within a round.
 
     Args:
@@ -73,6 +75,7 @@ def print_ratios(title: str, column: str, base: str, values: dict[str, Sequence[
         values: of each round, by name.
         unit: of the values.
         better: "more" or "less".
+        order: of the rounds.
     """
     table = Table(title=title)
     for heading in (column, f"{unit} (median)", f"of {base}: min", "median", "max"):
@@ -82,4 +85,4 @@ def print_ratios(title: str, column: str, base: str, values: dict[str, Sequence[
         chosen = (ratios[0], statistics.median(ratios), ratios[-1])
         table.add_row(name, f"{statistics.median(mine):,.4g}", *(f"{ratio:.2f}" for ratio in chosen))
     Console(width=110).print(table)
-    print(f"{better} is better; {len(next(iter(values.values())))} rounds, the ways in turn in each")
+    print(f"{better} is better; {len(next(iter(values.values())))} rounds, {order}")

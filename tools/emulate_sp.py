@@ -110,7 +110,7 @@ def main() -> None:
         print(f"{policy}: waited {sum(stalls) / len(stalls) * 1e3:.1f} ms a step for plans")
     slept = f"sleeps of {arguments.hardware} {arguments.model} / {arguments.speed:g}"
     title = f"EMULATED: {arguments.ranks} ranks, {arguments.documents} documents, {slept}"
-    print_ratios(title, "policy", arguments.policies[0], seconds, "s/step", "less")
+    print_ratios(title, "policy", arguments.policies[0], seconds, "s/step", "less", "the same steps for each policy")
 
 
 if __name__ == "__main__":
