@@ -1,4 +1,4 @@
-"""One AdamP step beside others, on the matrices of Llama layers: the fused kernel, torch's fused AdamW, AdamP without the kernel and PyPI's.
+"""One AdamP step beside others, on the matrices of Llama layers: the fused kernel, torch's fused AdamW, plain AdamP and PyPI's.
 
     python tools/bench_adamp.py --scale 0.25 --threads 2
 
