@@ -2,13 +2,34 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
 
 VERSION = next(
     line.split('"')[1]
     for line in Path(__file__).with_name("megatron_ext").joinpath("__init__.py").read_text("utf-8").splitlines()
     if line.startswith("__version__")
 )
+
+
+class BuildKernels(Command):
+    """python setup.py build_kernels: build all kernels of csrc/ now, rather than each when it is first used."""
+
+    description = "build the C++ kernels into the cache that megatron_ext reads"
+    user_options = []
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        """Build what is not built and say where everything lies."""
+        from megatron_ext.kernels.build import build_all
+
+        for library in build_all():
+            print(library)
+
 
 setup(
     name="megatron_ext",
@@ -19,6 +40,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_ext", "megatron_ext.*"]),
+    # megatron_ext/csrc is a link to csrc/; a wheel holds the files.
+    package_data={"megatron_ext": ["csrc/*/*.h", "csrc/*/*.cpp", "csrc/*/*.cu", "csrc/*/*.cuh"]},
+    cmdclass={"build_kernels": BuildKernels},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19,<0.20",
@@ -41,7 +65,14 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "hypothesis>=6,<7", "megatron-core>=0.13,<0.17", "ruff>=0.9,<1"],
+        "dev": [
+            "pytest>=8,<10",
+            "hypothesis>=6,<7",
+            "megatron-core>=0.13,<0.17",
+            "adamp>=0.3,<0.4",
+            "triton>=3.3,<4; platform_system == 'Linux'",
+            "ruff>=0.9,<1",
+        ],
         "cuda": ["flash-attn>=2.7"],
     },
 )

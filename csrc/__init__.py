@@ -1,0 +1,1 @@
+"""Sources of the kernels; ``megatron_ext.csrc`` is a link to here."""
