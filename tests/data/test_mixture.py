@@ -83,6 +83,14 @@ def test_order_does_not_depend_on_step_size_or_restarts(corpora: list[Corpus], d
     assert taken[:400] == expected
 
 
+def test_a_copy_goes_on_by_itself(corpora: list[Corpus]) -> None:
+    mixture = Mixture(corpora, [1.0] * len(corpora), 3, 50)
+    mixture.take(333)
+    copy = mixture.copy()
+    ahead = [copy.take(200) for _ in range(5)]
+    assert [mixture.take(200) for _ in range(5)] == ahead
+
+
 def test_a_step_is_full(corpora: list[Corpus]) -> None:
     """Pieces are taken until the next would exceed the room, not fewer."""
     mixture = Mixture(corpora, SHARES, 0, SEQUENCE)

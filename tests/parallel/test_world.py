@@ -27,6 +27,17 @@ def test_all_ranks_hear_the_same(run_ranks: RankPools, size: int) -> None:
         assert heard["is_main"] == (rank == 0)
 
 
+def hear(world: World, most: int) -> list[list[int]]:
+    said = [[], [7], list(range(-3, 17)), [2**31 - 1] * 100]
+    return [world.from_main(numbers if world.is_main else None, most) for numbers in said]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("most", [0, 1, 20, 1000])
+def test_numbers_of_rank_0_reach_all_however_many(run_ranks: RankPools, size: int, most: int) -> None:
+    assert run_ranks(size, hear, most) == [[[], [7], list(range(-3, 17)), [2**31 - 1] * 100]] * size
+
+
 def test_one_rank_needs_no_process_group() -> None:
     assert not torch.distributed.is_initialized()
     assert talk(World(0, 1, torch.device("cpu")))["gather"] == [{"rank": 0, "text": "", "none": None}]
