@@ -24,7 +24,7 @@ from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.device import choose_dtype
-from megatron_ext.parallel.grid import Grid, grid_shape
+from megatron_ext.parallel.grid import Grid, GridShape, grid_shape
 from megatron_ext.parallel.pipeline import balanced, stages
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
@@ -95,13 +95,28 @@ def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
     return load_hf_config(config.model.init_from)
 
 
+def run_shape(setup: Setup, world_size: int) -> GridShape:
+    """Shape of the grid of ``world_size`` ranks.
+
+    Raises:
+        ConfigError: if the ranks cannot be divided, or packs not be shared, as the configuration says.
+    """
+    shape = grid_shape(setup.config.parallel, world_size)
+    degree, heads = setup.config.planning.degree, setup.model.num_heads // shape.tp
+    accepted = [1 << power for power in range(min(shape.dp, heads).bit_length())]
+    if degree is not None and degree not in accepted:
+        numbers = ", ".join(map(str, accepted))
+        raise ConfigError(f"planning.degree is {degree}; accepted with {shape.dp} data ranks and {heads} query heads on each: {numbers}")
+    return shape
+
+
 def build_grid(setup: Setup, world: World) -> Grid:
     """The grid of a run's ranks.
 
     Raises:
         ConfigError: before any group exists, if the ranks cannot be divided as the configuration says.
     """
-    shape = grid_shape(setup.config.parallel, world.size)
+    shape = run_shape(setup, world.size)
     return Grid(world, shape, kv_copies=max(1, shape.tp // setup.model.num_kv_heads))
 
 

@@ -8,11 +8,10 @@ import torch.distributed as dist
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.config import RunConfig, dump_config, summary
 from megatron_ext.parallel.device import choose_dtype, local_device
-from megatron_ext.parallel.grid import grid_shape
 from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.shared_directory import prove_shared
 from megatron_ext.parallel.world import World, join_world, launched_ranks
-from megatron_ext.train.build import Setup, build_grid, prepare
+from megatron_ext.train.build import Setup, build_grid, prepare, run_shape
 from megatron_ext.train.memory import largest_rank
 from megatron_ext.train.sources import CONFIG_FILE
 from megatron_ext.train.stopping import forget_request
@@ -27,7 +26,7 @@ def pretrain(config: RunConfig) -> None:
         CheckpointError: a checkpoint cannot be read or written.
     """
     setup = prepare(config)
-    grid_shape(config.parallel, launched_ranks()[1])
+    run_shape(setup, launched_ranks()[1])
     world = join_world(config.train.threads_per_rank)
     heartbeat = Heartbeat(world, config.train.heartbeat_timeout)
     try:
@@ -57,8 +56,8 @@ def dry_run(config: RunConfig) -> str:
     """What a run would be: the resolved configuration, the token budget and the layout. Reads data and model shape, starts nothing."""
     setup = prepare(config)
     _, size = launched_ranks()
-    text = summary(config, str(grid_shape(config.parallel, size)), setup.model.num_parameters())
-    shape = grid_shape(config.parallel, size)
+    shape = run_shape(setup, size)
+    text = summary(config, str(shape), setup.model.num_parameters())
     dtype, _ = choose_dtype(config.train.dtype, local_device())
     stage, memory = largest_rank(config, setup.model, shape, dtype)
     parts = ", ".join(f"{name} {value / 2**30:.3g}" for name, value in asdict(memory).items())

@@ -183,6 +183,13 @@ def test_a_dry_run_prints_and_starts_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_degree_beyond_the_ranks_is_refused_before_the_run_directory_exists(tmp_path: Path, dry: tuple[str, ...]) -> None:
+    code, err = outcome(write_run(tmp_path), "planning={policy: static, degree: 2}", *dry)
+    assert code == 2 and "planning.degree is 2; accepted with 1 data ranks and 4 query heads on each: 1" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_stop_refuses_what_is_no_run(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, ROOT / "tools" / "stop.py", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr == f"error: {tmp_path} is no run directory: it has no config.yaml\n"
