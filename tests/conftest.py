@@ -21,6 +21,14 @@ def run_ranks() -> Iterator[RankPools]:
     pools.close()
 
 
+@pytest.fixture
+def fresh_ranks() -> Iterator[RankPools]:
+    """As ``run_ranks``, on ranks that have run nothing else: DeepSpeed's ZeRO looks at the grid of the last engine of its process."""
+    pools = RankPools()
+    yield pools
+    pools.close()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Tests share few cores with their ranks; more threads only wait for each other."""

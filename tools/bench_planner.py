@@ -70,6 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policies", nargs="+", default=["adaptive", "best_static"], help="static:DEGREE for a static one")
+    parser.add_argument("--bound", choices=("area", "lp"), default="area", help="method of the lower bound; lp takes seconds")
     return parser.parse_args()
 
 
@@ -91,14 +92,14 @@ def cost_of(args: argparse.Namespace) -> CostModel:
 
 
 def bound(lengths: Sequence[int], args: argparse.Namespace, cost: CostModel) -> float:
-    return lower_bound(lengths, args.devices, cost, largest_degree=args.largest_degree, in_rounds=args.in_rounds)
+    return lower_bound(lengths, args.devices, cost, largest_degree=args.largest_degree, in_rounds=args.in_rounds, method=args.bound)
 
 
 def title(args: argparse.Namespace, cost: CostModel, batches: list[list[int]]) -> str:
     tokens = mean(sum(lengths) for lengths in batches) / args.devices / cost.tokens_per_rank
     setting = "in rounds" if args.in_rounds else "without rounds"
     size = f"{args.documents} documents on {args.devices} devices, {setting}, {args.batches} batches of {args.lengths}"
-    return f"{size}\n{tokens:.2f} times what memory holds at once, {cost.per_pack:.3f} s a pack"
+    return f"{size}\n{tokens:.2f} times what memory holds at once, {cost.per_pack:.3f} s a pack, bound: {args.bound}"
 
 
 def measure(policy: str, lengths: Sequence[int], args: argparse.Namespace, cost: CostModel) -> Row:

@@ -24,7 +24,7 @@ class OptimizerOptions:
     """``whole_tensor``: each rank owns some rows of the master weights and moments; ``zero1``, ``zero2`` (gradients too), ``zero3``
     (parameters too): DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), for models that fit no other way."""
     overlap_reduction: bool = True
-    """Send gradients to their owners while the rest of the last backward pass computes."""
+    """Send gradients to their owners while the rest of the last backward pass computes; on GPUs only where no packs are shared."""
 
     def __post_init__(self) -> None:
         require(

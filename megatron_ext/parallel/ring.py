@@ -5,6 +5,7 @@ ranks with little to do; so every document is cut into 2R chunks, of which rank 
 ring-flash-attention, github.com/zhuzilin/ring-flash-attention): with equal chunks all ranks compute the same amount in every step.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -103,9 +104,9 @@ class _RingAttention(torch.autograd.Function):
                 grad_kv[1, columns] += dv
             # What this rank adds to the gradients of its own keys waits here; the sum of the others' goes round behind the keys.
             if source != ring.rank:
-                _add(grad_kv, arriving)
+                _add(grad_kv, arriving, ring)
                 arriving = _rotate(grad_kv, source, chunks, ring)
-        _add(own, arriving)
+        _add(own, arriving, ring)
         grad_k, grad_v = own.to(kv.dtype)
         return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
 
@@ -121,7 +122,7 @@ def _passing(kv: Tensor, chunks: Chunks, ring: Group) -> Iterator[tuple[int, Ten
         arriving = _rotate(kv, source, chunks, ring) if step < ring.size - 1 else None
         yield source, kv
         if arriving is not None:
-            kv = _arrived(arriving)
+            kv = _arrived(arriving, ring)
 
 
 def _rotate(x: Tensor, source: int, chunks: Chunks, ring: Group) -> _Arriving:
@@ -130,16 +131,18 @@ def _rotate(x: Tensor, source: int, chunks: Chunks, ring: Group) -> _Arriving:
     return ring.start_rotate(x, (x.shape[0], tokens, *x.shape[2:]))
 
 
-def _arrived(arriving: _Arriving) -> Tensor:
+def _arrived(arriving: _Arriving, ring: Group) -> Tensor:
     received, works = arriving
+    begin = time.perf_counter()
     for work in works:
         work.wait()
+    ring.traffic.exchange_seconds += time.perf_counter() - begin if received.device.type == "cpu" else 0.0
     return received
 
 
-def _add(total: Tensor, arriving: _Arriving | None) -> None:
+def _add(total: Tensor, arriving: _Arriving | None, ring: Group) -> None:
     if arriving is not None:
-        total += _arrived(arriving)
+        total += _arrived(arriving, ring)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

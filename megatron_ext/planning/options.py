@@ -28,7 +28,8 @@ class PlanningOptions:
     """At each checkpoint, correct the cost model by the step times that were measured since the last. Later plans then depend on what was
     measured: two runs of one configuration no longer make the same plans."""
     split_long: bool = False
-    """Documents that are too long for the largest block are cut to fit; false: they are refused."""
+    """Documents that are too long for the largest block are cut to fit, into contexts of their own: losses then depend on the ranks and on
+    ``tokens_per_pack``. false: they are refused."""
     ahead: int = 2
     """Steps that are planned ahead, in a process beside rank 0; 0: each step is planned when it comes."""
 
@@ -41,6 +42,12 @@ class PlanningOptions:
             (static or degree is None, "degree", degree, f"null, because policy is {self.policy}"),
             (degree is None or _is_power_of_two(degree), "degree", degree, "a power of two"),
             (largest is None or _is_power_of_two(largest), "largest_degree", largest, "a power of two, or null"),
+            (
+                degree is None or largest is None or degree <= largest,
+                "degree",
+                degree,
+                f"at most largest_degree ({largest})",
+            ),
             (self.ahead >= 0, "ahead", self.ahead, "a number of steps, at least 0"),
         )
 

@@ -20,13 +20,11 @@ class Timeline:
 
 
 def pack_seconds(plan: Plan, cost: CostModel) -> Array:
-    """Predicted seconds of each pack of a plan. A slice costs the attention to what comes before it too."""
+    """Predicted seconds of each pack of a plan. A slice is a context of its own."""
     seconds = np.zeros(len(plan.packs))
     for number, pack in enumerate(plan.packs):
-        stops = cost.work(np.array([part.stop for part in pack.slices]))
-        starts = cost.work(np.array([part.start for part in pack.slices]))
-        tokens = sum(len(part) for part in pack.slices)
-        seconds[number] = float(cost.pack_seconds(float((stops - starts).sum()), tokens, pack.degree)) if tokens else 0.0
+        work, tokens = cost.work(np.array([len(part) for part in pack.slices])).sum(), pack.tokens
+        seconds[number] = float(cost.pack_seconds(float(work), tokens, pack.degree)) if tokens else 0.0
     return seconds
 
 

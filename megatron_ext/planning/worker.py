@@ -83,17 +83,13 @@ class PlanWorker:
 
     def __init__(self, settings: PlanSettings, cost: CostModel) -> None:
         command = [sys.executable, "-m", "megatron_ext.planning.worker"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # In a session of its own: a signal to the run's processes lets training end its step, for which it may still need a plan.
+        self._process = subprocess.Popen(command, start_new_session=True, **pipes)
         self._answers: queue.Queue[str] = queue.Queue()
-        # Answers are taken as they come: a process that cannot get rid of one would not read the next request.
-        threading.Thread(target=self._take_answers, daemon=True).start()
+        # Answers are taken as they come: a process that cannot get rid of one would not go on.
+        threading.Thread(target=_take_lines, args=(self._process.stdout, self._answers), daemon=True).start()
         self._say({**asdict(settings), "cost": cost_to_json(cost)})
-
-    def _take_answers(self) -> None:
-        assert self._process.stdout is not None, "opened as a pipe"
-        for line in self._process.stdout:
-            self._answers.put(line)
-        self._answers.put("")
 
     def ask(self, lengths: Sequence[int]) -> None:
         """Ask for the plan of a step with documents of these lengths."""
@@ -135,12 +131,22 @@ class PlanWorker:
         return RuntimeError(f"the process that plans ahead ended with code {self._process.returncode}: {said}")
 
 
+def _take_lines(source: IO[str], lines: queue.Queue[str]) -> None:
+    """Put every line of ``source`` into ``lines``, and an empty one at its end."""
+    for line in source:
+        lines.put(line)
+    lines.put("")
+
+
 def serve(requests: IO[str], answers: IO[str]) -> None:
     """Answer requests until there are no more."""
-    first = json.loads(requests.readline())
+    waiting: queue.Queue[str] = queue.Queue()
+    # Requests are taken as they come: the process that asks must not wait for the plan before.
+    threading.Thread(target=_take_lines, args=(requests, waiting), daemon=True).start()
+    first = json.loads(waiting.get())
     cost = cost_from_json(first.pop("cost"), "cost model of the run")
     settings = PlanSettings(**first)
-    for line in requests:
+    while line := waiting.get():
         try:
             answer = asdict(PlannedStep.make(settings, json.loads(line)["lengths"], cost))
         except ConfigError as error:

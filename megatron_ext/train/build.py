@@ -103,7 +103,8 @@ def run_shape(setup: Setup, world_size: int) -> GridShape:
     """
     shape = grid_shape(setup.config.parallel, world_size)
     degree, heads = setup.config.planning.degree, setup.model.num_heads // shape.tp
-    accepted = [1 << power for power in range(min(shape.dp, heads).bit_length())]
+    most = min(shape.dp, setup.config.planning.largest_degree or heads)
+    accepted = [1 << power for power in range(most.bit_length())]
     if degree is not None and degree not in accepted:
         numbers = ", ".join(map(str, accepted))
         raise ConfigError(f"planning.degree is {degree}; accepted with {shape.dp} data ranks and {heads} query heads on each: {numbers}")
@@ -184,16 +185,20 @@ def build_engine(setup: Setup, model: GPT, grid: Grid) -> Engine:
     """The engine with the optimizer that the configuration asks for."""
     options, sources = setup.config.optimizer, len(setup.mixture.corpora)
     settings = deepspeed_config(setup.config, grid.shape.dp)
+    shares = setup.config.planning.policy != "data_parallel"
     if options.sharding == "whole_tensor":
-        return owner_engine(model, build_optimizer(model, options, grid), grid, settings, sources)
+        return owner_engine(model, build_optimizer(model, options, grid, shares), grid, settings, sources)
     return zero_engine(model, options, grid, settings, sources)
 
 
-def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid) -> ShardedOptimizer:
-    """AdamW on float32 master rows, each data rank owning its part."""
+def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid, shares_packs: bool = False) -> ShardedOptimizer:
+    """AdamW on float32 master rows, each data rank owning its part; ``shares_packs``: some packs may be of several data ranks."""
+    # A rank in its last pack may share it with one that has another pack to come. On a GPU the reduction that the first begins would
+    # wait there for that pack, and the exchange that the second waits for could wait behind it.
+    overlap = options.overlap_reduction and not (shares_packs and grid.world.device.type == "cuda")
 
     def rule(owned: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
         return AdamW(decay_groups(owned, options.weight_decay), lr=options.lr, betas=tuple(options.betas), eps=options.eps)
 
     where = placements(model, grid, model.config.tie_embeddings)
-    return ShardedOptimizer(dict(model.named_parameters()), where, rule, grid, options.clip_norm, options.overlap_reduction)
+    return ShardedOptimizer(dict(model.named_parameters()), where, rule, grid, options.clip_norm, overlap)

@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_ext.parallel.world import World
-from megatron_ext.planning import Pack
+from megatron_ext.planning import Plan
 from megatron_ext.planning.cost_file import cost_to_json
 from megatron_ext.planning.cost_model import CostModel
+from megatron_ext.planning.timeline import pack_seconds, timeline
 
 LARGEST = 8.0
 """Factors stay between this and its inverse: a machine that was busy with something else must not spoil the plans that follow."""
@@ -29,6 +29,7 @@ class CostCorrection:
     def __init__(self, base: CostModel) -> None:
         self._base = hashlib.blake2b(json.dumps(cost_to_json(base)).encode(), digest_size=8).hexdigest()
         self.compute = self.exchange = 1.0
+        self._first = True
         # Sums of products of (compute, exchange, measured), over steps: the normal equations.
         self._products = np.zeros((3, 3))
 
@@ -36,11 +37,22 @@ class CostCorrection:
         """``base`` with the factors."""
         return base.scaled(self.compute, self.exchange)
 
-    def add(self, packs: Sequence[Pack], cost: CostModel, measured: float) -> None:
-        """Note the packs of this rank in one step, the costs that they were planned by, and the seconds that they took."""
-        exchange = sum(float(cost.exchange_seconds(pack.tokens, pack.degree)) for pack in packs)
-        total = sum(float(cost.pack_seconds(_work(pack, cost), pack.tokens, pack.degree)) for pack in packs if pack.slices)
-        row = np.array([total - exchange, exchange, measured])
+    def add(self, plan: Plan, rank: int, cost: CostModel, measured: float) -> None:
+        """Note a step: its plan, the costs that it was planned by, and the seconds that the packs of data rank ``rank`` took.
+
+        What the plan has the rank wait for others between its packs is not charged to its packs. The first step is left out: it makes
+        groups and buffers.
+        """
+        if self._first:
+            self._first = False
+            return
+        seconds = pack_seconds(plan, cost)
+        times = timeline(plan, seconds)
+        mine = [number for number, pack in enumerate(plan.packs) if rank in pack.ranks and pack.slices]
+        exchange = sum(float(cost.exchange_seconds(plan.packs[number].tokens, plan.packs[number].degree)) for number in mine)
+        total = float(seconds[mine].sum())
+        waiting = float(times.end[mine].max(initial=0.0)) - total
+        row = np.array([total - exchange, exchange, max(0.0, measured - waiting)])
         self._products += np.outer(row, row)
 
     def fit(self, world: World) -> None:
@@ -60,7 +72,3 @@ class CostCorrection:
         """Take up the factors of an earlier run. They do not apply to another model, machine or grid than they were fitted on."""
         if state is not None and state["base"] == self._base:
             self.compute, self.exchange = state["compute"], state["exchange"]
-
-
-def _work(pack: Pack, cost: CostModel) -> float:
-    return float(cost.work(np.array([len(part) for part in pack.slices])).sum())

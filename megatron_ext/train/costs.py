@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_ext.errors import ConfigError
 from megatron_ext.parallel.grid import GridShape
 from megatron_ext.planning.cost_file import load_cost_model
 from megatron_ext.planning.cost_model import AttentionShape, CostModel, Curve
@@ -35,12 +36,17 @@ def cost_model(setup: Setup, shape: GridShape, device: torch.device, dtype: torc
     """Costs of packs on one data rank's share of the grid, and where they are from.
 
     Raises:
-        ConfigError: ``planning.cost_model`` cannot be read.
+        ConfigError: ``planning.cost_model`` cannot be read, or is of another model or grid.
     """
     path = setup.config.planning.cost_model
     attention = attention_shape(setup, shape, dtype)
     if path is not None:
-        return replace(load_cost_model(path), tokens_per_rank=setup.tokens_per_pack, attention=attention), path
+        cost = load_cost_model(path)
+        if cost.attention != attention:
+            raise ConfigError(
+                f"planning.cost_model {path} was measured for {cost.attention}; this run has {attention}: calibrate for this model"
+            )
+        return replace(cost, tokens_per_rank=setup.tokens_per_pack), path
     machine, name = (GPU, "GPU") if device.type == "cuda" else (CPU, "CPU")
     model, parts = setup.model, shape.tp * shape.pp
     flops = model.flops_per_token(0.0)

@@ -87,6 +87,14 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step, or to the end of the step in which a stop was asked for; then save."""
+        try:
+            self._train()
+        finally:
+            self.planner.close()
+        self.metrics.close()
+        self.engine.close()
+
+    def _train(self) -> None:
         self._introduce()
         saved = self.step
         if self.step == 0:
@@ -105,9 +113,6 @@ class Trainer:
                 break
         else:
             self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
-        self.planner.close()
-        self.metrics.close()
-        self.engine.close()
 
     def _train_step(self) -> bool:
         """One optimizer step; returns whether a rank was asked to stop."""
@@ -126,7 +131,7 @@ class Trainer:
         synchronize(self.world.device)
         self.skipped_steps += result.skipped
         if self.config.planning.correct:
-            self.correction.add(mine, self.planner.cost, self.engine.pack_seconds)
+            self.correction.add(step_plan.plan, self.grid.dp.rank, self.planner.cost, self.engine.pack_seconds)
         self._record(pieces, step_plan, result, lr, time.perf_counter() - begin)
         return bool(result.flags[0] > 0)
 

@@ -73,6 +73,7 @@ REFUSED = [
     ("planning={policy: adaptive, degree: 2}", "planning.degree: 2; accepted: null, because policy is adaptive"),
     ("planning={policy: static, degree: 3}", "planning.degree: 3; accepted: a power of two"),
     ("planning.largest_degree=6", "planning.largest_degree: 6; accepted: a power of two, or null"),
+    ("planning={policy: static, degree: 4, largest_degree: 2}", "planning.degree: 4; accepted: at most largest_degree (2)"),
     ("planning.ahead=-1", "planning.ahead: -1; accepted: a number of steps, at least 0"),
     ("planning={policy: static, degree: 4, tokens_per_pack: 31}", "planning.tokens_per_pack: 31; accepted: at least 32, so that"),
     ("planning.tokens_per_pack=0", "planning.tokens_per_pack: 0; accepted: a number of tokens, at least 1, or null"),

@@ -1,5 +1,8 @@
 import io
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -46,6 +49,19 @@ def test_a_document_that_fits_nowhere_is_an_error_here_and_the_next_step_is_plan
     with pytest.raises(ConfigError, match="document 0 has 401 tokens"):
         worker.answer()
     assert worker.answer().encoded
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_run_does_not_end_the_planner(kind: signal.Signals) -> None:
+    program = (
+        "import os, signal; from megatron_ext.planning import CostModel\n"
+        "from megatron_ext.planning.worker import PlanSettings, PlanWorker\n"
+        f"signal.signal({int(kind)}, lambda *_: None)\n"
+        "worker = PlanWorker(PlanSettings(1, 'static', 1), CostModel(9)); worker.ask([5]); worker.answer()\n"
+        f"os.killpg(0, {int(kind)}); worker.ask([7]); print(len(worker.answer().encoded)); worker.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], start_new_session=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and int(done.stdout) == 11, done.stderr
 
 
 def test_a_process_that_died_is_named_with_what_it_said(worker: PlanWorker) -> None:

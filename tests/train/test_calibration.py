@@ -239,11 +239,7 @@ def test_two_ranks_measure_a_model_that_a_run_can_read(
     ],
     ids=["dp3", "pp2dp2", "zero1", "zero3"],
 )
-def test_other_grids_and_engines(tmp_path: Path, ranks: int, overrides: list[str]) -> None:
-    pools = RankPools()
-    try:
-        results = pools(ranks, calibrated, write_run(tmp_path), overrides)
-    finally:
-        pools.close()
+def test_other_grids_and_engines(fresh_ranks: RankPools, tmp_path: Path, ranks: int, overrides: list[str]) -> None:
+    results = fresh_ranks(ranks, calibrated, write_run(tmp_path), overrides)
     assert all(each.cost == results[0].cost for each in results)
     assert_usable(results[0], tmp_path)

@@ -51,10 +51,11 @@ def test_losses_are_those_of_one_rank(
 
 
 @pytest.mark.parametrize("sharding", ["zero1", "zero3"])
-def test_zero_shares_packs_too(run_ranks: RankPools, tmp_path: Path, sharding: str) -> None:
-    run_ranks(1, train, write_run(tmp_path / "alone"))
-    run_ranks(4, train, write_run(tmp_path / "shared", optimizer__sharding=sharding, planning__policy="adaptive", **SHARED))
+def test_zero_shares_packs_too(fresh_ranks: RankPools, tmp_path: Path, sharding: str) -> None:
+    fresh_ranks(1, train, write_run(tmp_path / "alone"))
+    fresh_ranks(4, train, write_run(tmp_path / "shared", optimizer__sharding=sharding, planning__policy="adaptive", **SHARED))
     assert losses(tmp_path / "shared/run") == pytest.approx(losses(tmp_path / "alone/run"), rel=2e-5, abs=0)
+    assert any(set(step["tokens_by_degree"]) - {"1"} for step in records(tmp_path / "shared/run", "train")), "some documents were shared"
 
 
 def test_resume_is_bit_exact(run_ranks: RankPools, tmp_path: Path) -> None:
@@ -91,7 +92,15 @@ def test_a_document_that_no_block_holds_is_named(run_ranks: RankPools, tmp_path:
 def test_a_document_that_no_block_holds_is_cut_where_that_is_allowed(run_ranks: RankPools, tmp_path: Path) -> None:
     config = write_run(tmp_path, planning__policy="adaptive", planning__tokens_per_pack=15, planning__split_long=True)
     run_ranks(2, train, config)
-    assert len(losses(tmp_path / "run")) == 8
+    alone = write_run(tmp_path / "alone", planning__tokens_per_pack=32)
+    run_ranks(1, train, alone)
+    cut, whole = losses(tmp_path / "run"), losses(tmp_path / "alone/run")
+    assert len(cut) == 8 and cut[1] != whole[1], "parts do not see what came before"
+    assert cut[1] == pytest.approx(whole[1], rel=0.05)
+    taken = [step["tokens"] for step in records(tmp_path / "run", "train")]
+    assert taken == [step["tokens"] for step in records(tmp_path / "alone/run", "train")], "nothing is lost at a cut"
+    for plan, step in zip(records(tmp_path / "run", "plan"), records(tmp_path / "run", "train"), strict=True):
+        assert plan["seconds"] == pytest.approx(step["plan_seconds"])
 
 
 def test_plans_made_ahead_are_those_made_when_they_are_needed(run_ranks: RankPools, tmp_path: Path) -> None:
