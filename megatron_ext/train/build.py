@@ -14,6 +14,7 @@ from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.tokenizer import Tokenizer, copy_tokenizer_files, load_tokenizer
 from megatron_ext.data.validation import ValidationSet, validation_sets
 from megatron_ext.errors import ConfigError
+from megatron_ext.kernels.chunk_attention import select_backend as select_chunk_backend
 from megatron_ext.kernels.varlen_attention import select_backend
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT, parameter_shapes
@@ -145,9 +146,19 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
         "weights": config.model.init_from or f"random, seed {config.seed}",
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
         "attention": f"{attention} ({why_attention})",
+        **_ring_attention(setup, grid, dtype),
         **({"blocks per stage": f"{layers} ({why_layers})"} if grid.shape.pp > 1 else {}),
     }
     return model, chosen
+
+
+def _ring_attention(setup: Setup, grid: Grid, dtype: torch.dtype) -> dict[str, str]:
+    """What computes attention around rings, where a block may have more ranks than heads. Raises ConfigError if nothing can."""
+    largest = min(setup.config.planning.largest_degree or 1, grid.shape.dp)
+    if setup.config.planning.policy == "data_parallel" or largest <= setup.model.num_heads // grid.shape.tp:
+        return {}
+    backend = select_chunk_backend("auto", grid.world.device, dtype, setup.model.head_dim)
+    return {"ring attention": f"{backend} (auto: that of the device, whatever model.attention is)"}
 
 
 def _fill(model: GPT, setup: Setup) -> None:

@@ -50,6 +50,15 @@ def test_losses_are_those_of_one_rank(
         assert max(pack[6] for pack in plan["packs"]) == pytest.approx(plan["seconds"]) and plan["seconds"] >= plan["bound"] * (1 - 1e-9)
 
 
+def test_a_block_of_more_ranks_than_heads_goes_around_a_ring(run_ranks: RankPools, tmp_path: Path) -> None:
+    one_head = {"model__num_heads": 1, "model__num_kv_heads": 1, "train__dtype": "float64"}
+    run_ranks(1, train, write_run(tmp_path / "alone", **one_head))
+    run_ranks(2, train, write_run(tmp_path / "ring", planning__policy="adaptive", planning__largest_degree=2, **SHARED, **one_head))
+    assert losses(tmp_path / "ring/run") == pytest.approx(losses(tmp_path / "alone/run"), rel=1e-10, abs=0)
+    rings = [pack[2] for plan in records(tmp_path / "ring/run", "plan") for pack in plan["packs"]]
+    assert max(rings) == 2 and all(step["exchange_seconds"] > 0 for step in records(tmp_path / "ring/run", "train"))
+
+
 @pytest.mark.parametrize("sharding", ["zero1", "zero3"])
 def test_zero_shares_packs_too(fresh_ranks: RankPools, tmp_path: Path, sharding: str) -> None:
     fresh_ranks(1, train, write_run(tmp_path / "alone"))
