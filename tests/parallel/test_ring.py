@@ -135,7 +135,7 @@ def sabotaged(world: World) -> dict[str, list[float]]:
         "nothing": ("_tokens", ring_module._tokens),
         "lse": ("_merge", wrong_merge),
         "last keys": ("_passing", lambda *arguments: list(passing(*arguments))[:-1]),
-        "gradients of others": ("_add", lambda total, arriving: None),
+        "gradients of others": ("_add", lambda *arguments: None),
     }
     found, ring = {}, data_grid(world).dp
     for name, (attribute, replacement) in saboteurs.items():
