@@ -22,6 +22,7 @@ from rich.progress import track
 from torch import nn
 
 from megatron_ext.optim.adamw import AdamW
+from megatron_ext.optim.rules import Rule
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.placement import Placement, whole_box
@@ -53,8 +54,8 @@ def owner_step(model: Parameters, world: World, overlap: bool) -> Callable[[torc
     def rule(owned: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
         return AdamW([tensor for _, tensor in owned], lr=1e-3)
 
-    optimizer = ShardedOptimizer(named, placements, rule, Grid(world, GridShape(1, world.size, 1)), CLIP, overlap)
-    optimizer.set_learning_rate(1e-3)
+    rules = dict.fromkeys(named, Rule("adamw", rule))
+    optimizer = ShardedOptimizer(named, placements, rules, Grid(world, GridShape(1, world.size, 1)), CLIP, overlap)
 
     def step(factor: torch.Tensor) -> None:
         optimizer.expect_backwards(1)

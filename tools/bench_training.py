@@ -155,7 +155,7 @@ def our_step(setting: Setting) -> Step:
     model.to(dtype)
     grid = Grid(world, GridShape(1, 1, 1))
     optimizer = build_optimizer(model, OptimizerOptions(weight_decay=0.01, betas=(0.9, 0.999)), grid)
-    optimizer.set_learning_rate(1e-4)
+    optimizer.set_learning_rate_factor(1 / 3)
     deepspeed_config = {
         "train_batch_size": 1,
         "managed_gradient_accumulation": False,

@@ -8,6 +8,7 @@ from megatron_ext.checkpoint.manifest import damaged_files, read_state
 from megatron_ext.checkpoint.optimizer_state import OwnedStateReader
 from megatron_ext.checkpoint.save import SavedOptimizer
 from megatron_ext.errors import CheckpointError
+from megatron_ext.optim.state_change import StateChange
 from megatron_ext.parallel.world import World
 
 
@@ -70,8 +71,11 @@ def _offer(candidates: list[Path]) -> str:
     return ". There is no older whole checkpoint"
 
 
-def load_optimizer(directory: Path, optimizer: SavedOptimizer, world: World) -> None:
+def load_optimizer(directory: Path, optimizer: SavedOptimizer, world: World) -> list[StateChange]:
     """Restore master weights and moments, and from them the parameters of all ranks, whatever the grid that saved them.
+
+    Returns:
+        What of the state of all ranks could not be kept, because other rules made it.
 
     Raises:
         CheckpointError: the parameters of the checkpoint are not those of the model.
@@ -93,4 +97,5 @@ def load_optimizer(directory: Path, optimizer: SavedOptimizer, world: World) -> 
     problems = [problem for problems in world.gather(wrong) for problem in problems]
     if problems:
         raise CheckpointError(f"{directory}: {problems[0]}")
-    optimizer.load_owned_state(reader)
+    changes = optimizer.load_owned_state(reader)
+    return [StateChange(*change) for of_rank in world.gather(changes) for change in of_rank]

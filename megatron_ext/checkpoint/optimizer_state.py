@@ -1,8 +1,8 @@
 """Master weights and moments on disk, indexed by (name, box) and never by rank.
 
 ``optimizer/owned-*.safetensors`` hold tensors named ``<parameter>|<kind>|<start>:<stop>,...``, a range for each dimension of the whole
-parameter; ``optimizer/index.json`` says which file has which boxes. Any rank of any later run, on any grid, reads just the boxes that it
-owns then.
+parameter, or for its first ones (a number for each row); ``optimizer/index.json`` says which file has which boxes. Any rank of any later
+run, on any grid, reads just the boxes that it owns then.
 """
 
 import json
@@ -21,7 +21,7 @@ from megatron_ext.parallel.placement import Box, box_shape, intersection, slices
 
 FOLDER = "optimizer"
 INDEX = "index.json"
-FORMAT = 2
+FORMAT = 3
 OwnedState = tuple[OwnedBox, dict[str, torch.Tensor]]
 
 
@@ -29,7 +29,8 @@ def write_owned(state: Iterable[OwnedState], directory: Path, rank: int, size: i
     """Write the parts that one rank saves.
 
     Args:
-        state: parts with their tensors by kind: of the shape of the part (``master`` and moments) or scalars (``step``).
+        state: parts with their tensors by kind: of the shape of the part (``master`` and moments) or of its first dimensions (a number
+            for each row), or scalars (``step``).
         directory: of the checkpoint.
         rank: number of this file among ``size``.
 
@@ -40,11 +41,11 @@ def write_owned(state: Iterable[OwnedState], directory: Path, rank: int, size: i
     name = f"{FOLDER}/owned-{rank + 1:05d}-of-{size:05d}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
     for part, values in state:
-        blocks = {kind: t for kind, t in values.items() if t.shape == values["master"].shape}
+        blocks = {kind: t for kind, t in values.items() if t.ndim or t.shape == values["master"].shape}
         scalars = {kind: t.item() for kind, t in values.items() if kind not in blocks}
-        tensors |= {_key(part.name, kind, part.box): tensor for kind, tensor in blocks.items()}
-        box = [list(bounds) for bounds in part.box]
-        entries.append({"name": part.name, "box": box, "file": name, "kinds": sorted(blocks), "scalars": scalars})
+        tensors |= {_key(part.name, kind, part.box[: tensor.ndim]): tensor for kind, tensor in blocks.items()}
+        box, dimensions = [list(bounds) for bounds in part.box], {kind: blocks[kind].ndim for kind in sorted(blocks)}
+        entries.append({"name": part.name, "box": box, "file": name, "kinds": dimensions, "scalars": scalars})
     if not entries:
         return None, []
     with tensor_file(directory / name, {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}) as write:
@@ -100,17 +101,18 @@ class OwnedStateReader:
             ranges = _ranges(wanted.box) or "all"
             raise CheckpointError(f"{self._directory / FOLDER}: {wanted.name}[{ranges}] is not there, each value exactly once")
         first = found[0][0]
-        values = {kind: self._assemble(wanted, kind, found) for kind in first["kinds"]}
+        values = {kind: self._assemble(wanted, kind, dimensions, found) for kind, dimensions in first["kinds"].items()}
         return values | {kind: torch.tensor(value) for kind, value in first["scalars"].items()}
 
-    def _assemble(self, wanted: OwnedBox, kind: str, found: list[tuple[dict[str, Any], Box, Box]]) -> torch.Tensor:
+    def _assemble(self, wanted: OwnedBox, kind: str, dimensions: int, found: list[tuple[dict[str, Any], Box, Box]]) -> torch.Tensor:
         whole: torch.Tensor | None = None
-        for part, box, shared in found:
+        place = wanted.box[:dimensions]
+        for part, box, shared in ((part, box[:dimensions], shared[:dimensions]) for part, box, shared in found):
             values = self._read(part, wanted.name, kind, box, shared)
             if len(found) == 1:
                 return values
-            whole = torch.empty(box_shape(wanted.box), dtype=values.dtype) if whole is None else whole
-            whole[slices(shared, wanted.box)] = values
+            whole = torch.empty(box_shape(place), dtype=values.dtype) if whole is None else whole
+            whole[slices(shared, place)] = values
         assert whole is not None, "found parts cover the wanted box"
         return whole
 

@@ -16,6 +16,7 @@ from megatron_ext.checkpoint.optimizer_state import FOLDER, INDEX, index_of, wri
 from megatron_ext.checkpoint.weight_files import WeightFile, plan_weight_files, write_weight_files
 from megatron_ext.errors import CheckpointError
 from megatron_ext.optim.ownership import OwnedBox
+from megatron_ext.optim.state_change import StateChange
 from megatron_ext.parallel.device import DTYPES
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.parallel.placement import Placement
@@ -30,8 +31,8 @@ class SavedOptimizer(Protocol):
     def owned_state(self) -> Iterator[tuple[OwnedBox, dict[str, torch.Tensor]]]:
         """What this rank is to save: parts with ``master`` and the rule's state, by kind."""
 
-    def load_owned_state(self, read: Callable[[OwnedBox], dict[str, torch.Tensor]]) -> None:
-        """Replace this rank's parts by what ``read`` returns for them, then every rank's parameters."""
+    def load_owned_state(self, read: Callable[[OwnedBox], dict[str, torch.Tensor]]) -> list[StateChange]:
+        """Replace this rank's parts by what ``read`` returns for them, then every rank's parameters; returns what could not be kept."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,11 @@ def newton_schulz(
     X = X.mT if transposed else X
     pays = X.shape[-1] >= 2 * X.shape[-2] and dtype != torch.bfloat16
     iterate = _gram if method == "gram" or (method == "auto" and pays) else _standard
-    X = iterate(X, polynomials, symmetric)
+    if X.ndim > 2 and X.device.type == "cpu":
+        # One after another, which is as fast, and bits do not depend on what a matrix is computed together with.
+        X = torch.stack([iterate(x, polynomials, symmetric) for x in X])
+    else:
+        X = iterate(X, polynomials, symmetric)
     return (X.mT if transposed else X).reshape(G.shape)
 
 

@@ -1,15 +1,92 @@
 """What a user can say about the optimizer and the learning-rate schedule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.option_rules import require
 
 
 @dataclass
-class OptimizerOptions:
-    """AdamW (Loshchilov and Hutter 2019) on float32 master weights, each rank owning a part of them."""
+class MuonOptions:
+    """Of the rules ``muon`` and ``normuon``; see ``megatron_ext.optim.Muon``."""
 
+    lr: float | None = None
+    """Base learning rate; null: ``optimizer.lr``, which suits scale ``match_rms_adamw``."""
+    weight_decay: float | None = None
+    """Decoupled weight decay; null: ``optimizer.weight_decay``."""
+    momentum: float = 0.95
+    """Decay of the momentum."""
+    nesterov: bool = True
+    """Orthogonalize the gradient mixed with the momentum rather than the momentum."""
+    coefficients: Literal["jordan", "you", "polar_express", "deepseek_v4"] = "polar_express"
+    """Polynomials of Newton-Schulz."""
+    ns_steps: int | None = None
+    """Newton-Schulz steps; null: as many as the coefficients are made for."""
+    method: Literal["standard", "gram", "auto"] = "auto"
+    """Newton-Schulz on the matrix, on its Gram matrix, or on that where the aspect ratio is at least 2."""
+    ns_dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    """Of Newton-Schulz; ``auto``: float64 for float64 models, else bfloat16 where the device is fast at it, else float32."""
+    scale: Literal["match_rms_adamw", "spectral", "jordan"] = "match_rms_adamw"
+    """Factor of the learning rate by shape: 0.2 sqrt(max(m, n)), sqrt(max(m, n)), or sqrt(max(1, m / n))."""
+    split_heads: bool = False
+    """Orthogonalize each head of q, k and v by itself."""
+    beta2: float = 0.95
+    """normuon: decay of the second moment of the rows."""
+    tp_mode: Literal["gather", "blockwise"] = "gather"
+    """``gather``: matrices divided over tensor-parallel ranks are updated whole. ``blockwise``: each part as if it were a matrix, which
+    moves no data and changes the result."""
+    qk_clip: float | None = None
+    """Scale q and k of heads down whose largest attention logit of the step exceeds this (Kimi K2: 100); null: never."""
+    qk_clip_alpha: float = 0.5
+    """Share of that scaling, as an exponent, that q takes; k takes the rest."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.lr is None or self.lr >= 0, "lr", self.lr, "at least 0, or null"),
+            (self.weight_decay is None or self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0, or null"),
+            (0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and less than 1"),
+            (self.ns_steps is None or self.ns_steps >= 1, "ns_steps", self.ns_steps, "at least 1, or null"),
+            (0 <= self.beta2 < 1, "beta2", self.beta2, "at least 0 and less than 1"),
+            (self.qk_clip is None or self.qk_clip > 0, "qk_clip", self.qk_clip, "more than 0, or null"),
+            (0 <= self.qk_clip_alpha <= 1, "qk_clip_alpha", self.qk_clip_alpha, "between 0 and 1"),
+        )
+
+
+@dataclass
+class AdamPOptions:
+    """Of the rule ``adamp``, beside ``optimizer.betas`` and ``eps``; see ``megatron_ext.optim.AdamP``."""
+
+    lr: float | None = None
+    """Base learning rate; null: ``optimizer.lr``."""
+    delta: float = 0.1
+    """A cosine of gradient and parameter below delta / sqrt(size) means that the scale of the row or matrix does not matter."""
+    wd_ratio: float = 0.1
+    """Strength of the weight decay of what is projected."""
+    nesterov: bool = False
+    """Use the first moment of the next step."""
+    fused: bool = False
+    """The C++ step on CPUs, built when first used; needs a compiler and float32 masters."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.lr is None or self.lr >= 0, "lr", self.lr, "at least 0, or null"),
+            (self.delta >= 0, "delta", self.delta, "at least 0"),
+            (0 <= self.wd_ratio <= 1, "wd_ratio", self.wd_ratio, "between 0 and 1"),
+        )
+
+
+RuleName = Literal["adamw", "adamp", "muon", "normuon"]
+
+
+@dataclass
+class OptimizerOptions:
+    """Update rules on float32 master weights, each rank owning a part of them."""
+
+    rule: RuleName = "adamw"
+    """``adamw`` (Loshchilov and Hutter 2019), ``adamp`` (Heo et al. 2021): of all matrices; ``muon`` (Jordan et al. 2024), ``normuon``
+    (Li et al. 2025): of hidden matrices, with adamw for embedding and head. Norms and biases are adamw's."""
+    routes: dict[str, RuleName] = field(default_factory=dict)
+    """Rules by pattern of parameter names (``*.k_proj.weight``), over what ``rule`` says; the last pattern that fits decides."""
     lr: float = 3e-4
     """Base learning rate; the schedule multiplies it."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -18,21 +95,42 @@ class OptimizerOptions:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms and biases are not decayed."""
+    muon: MuonOptions = field(default_factory=MuonOptions)
+    """Of muon and normuon."""
+    adamp: AdamPOptions = field(default_factory=AdamPOptions)
+    """Of adamp."""
     clip_norm: float = 1.0
     """Largest global gradient norm before the update; 0 switches clipping off."""
     sharding: Literal["whole_tensor", "zero1", "zero2", "zero3"] = "whole_tensor"
-    """``whole_tensor``: each rank owns some rows of the master weights and moments; ``zero1``, ``zero2`` (gradients too), ``zero3``
-    (parameters too): DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), for models that fit no other way."""
+    """``whole_tensor``: each rank owns some rows or matrices of the master weights and moments; ``zero1``, ``zero2`` (gradients too),
+    ``zero3`` (parameters too): DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), for models that fit no other way."""
     overlap_reduction: bool = True
     """Send gradients to their owners while the rest of the last backward pass computes; on GPUs only where no packs are shared."""
 
+    @property
+    def rules(self) -> set[str]:
+        """Names of the rules that are asked for, beside adamw."""
+        return {self.rule, *self.routes.values()} - {"adamw"}
+
+    def base_lr(self, rule: RuleName) -> float:
+        """Base learning rate of a rule."""
+        own = {"adamw": None, "adamp": self.adamp.lr, "muon": self.muon.lr, "normuon": self.muon.lr}[rule]
+        return self.lr if own is None else own
+
     def __post_init__(self) -> None:
+        wanted = ", ".join(sorted(self.rules))
         require(
             (self.lr >= 0, "lr", self.lr, "at least 0"),
             (all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers, each at least 0 and less than 1"),
             (self.eps > 0, "eps", self.eps, "more than 0"),
             (self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0"),
             (self.clip_norm >= 0, "clip_norm", self.clip_norm, "at least 0; 0 switches clipping off"),
+            (
+                self.sharding == "whole_tensor" or not self.rules,
+                "sharding",
+                self.sharding,
+                f"whole_tensor with {wanted}: ZeRO hands the rule slices of one flat tensor, which has no rows and no matrices",
+            ),
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ext.optim.rules import Rule
 from megatron_ext.parallel.placement import Box, Placement, box_shape
 
 
@@ -15,9 +16,11 @@ class OwnedBox:
     name: str
     box: Box
     owner: int
+    meets_on: int | None = None
+    """The tensor-parallel rank of ``owner`` on which the parts of all tensor-parallel ranks are put together; None: they are not."""
 
 
-def assign(placements: Mapping[str, Placement], num_owners: int, whole_tensors: bool) -> list[OwnedBox]:
+def assign(placements: Mapping[str, Placement], rules: Mapping[str, Rule], num_owners: int, tensor_ranks: int = 1) -> list[OwnedBox]:
     """Divide what a rank holds over the data ranks that hold the same.
 
     Parameters that other ranks of the model hold too (norms under tensor parallelism, tied embeddings) are divided apart from the rest, by
@@ -25,16 +28,23 @@ def assign(placements: Mapping[str, Placement], num_owners: int, whole_tensors: 
 
     Args:
         placements: of the parameters of this rank, in the order of the model.
+        rules: of the parameters; their ``share`` says how a parameter may be divided.
         num_owners: number of data ranks.
-        whole_tensors: give parameters whole (``assign_whole``) rather than by rows (``assign_rows``).
+        tensor_ranks: number of tensor-parallel ranks.
+
+    Returns:
+        Parts in the order of the parameters.
     """
-    rule = assign_whole if whole_tensors else assign_rows
     holders = dict.fromkeys(placement.replicas if len(placement.replicas) > 1 else () for placement in placements.values())
     owned: list[OwnedBox] = []
     for replicas in holders:
-        together = {name: p.box for name, p in placements.items() if p.replicas == replicas or (not replicas and len(p.replicas) == 1)}
-        owned += rule(together, num_owners)
-    return owned
+        together = {name: p for name, p in placements.items() if p.replicas == replicas or (not replicas and len(p.replicas) == 1)}
+        by_rows = {name: placement.box for name, placement in together.items() if rules[name].share == "rows"}
+        whole = {name: placement for name, placement in together.items() if name not in by_rows}
+        owned += assign_rows(by_rows, num_owners)
+        owned += assign_whole(whole, rules, num_owners, tensor_ranks)
+    order = {name: number for number, name in enumerate(placements)}
+    return sorted(owned, key=lambda part: order[part.name])
 
 
 def assign_rows(boxes: Mapping[str, Box], num_owners: int) -> list[OwnedBox]:
@@ -74,14 +84,25 @@ def _stretches(box: Box, before: int, total: int, num_owners: int) -> Iterator[t
             start = stop
 
 
-def assign_whole(boxes: Mapping[str, Box], num_owners: int) -> list[OwnedBox]:
-    """Give each box to one rank: the largest first, to the rank with the fewest elements so far. Otherwise as ``assign_rows``."""
-    loads = [0] * num_owners
-    owners: dict[str, int] = {}
-    for name in sorted(boxes, key=lambda name: -box_shape(boxes[name]).numel()):
-        owners[name] = min(range(num_owners), key=loads.__getitem__)
-        loads[owners[name]] += box_shape(boxes[name]).numel()
-    return [OwnedBox(name, box, owners[name]) for name, box in boxes.items()]
+def assign_whole(placements: Mapping[str, Placement], rules: Mapping[str, Rule], num_owners: int, tensor_ranks: int = 1) -> list[OwnedBox]:
+    """Give each parameter to one rank: the costliest first, to the rank with the least to do so far (Graham 1969: at most 4/3 of the best).
+
+    What the cost is, the rule of a parameter says, by the shape of the whole parameter: so all tensor-parallel ranks find the same
+    owners. A rule that sees whole parameters takes turns among the tensor-parallel ranks too. Otherwise as ``assign_rows``.
+    """
+    loads = {(owner, tensor_rank): 0.0 for tensor_rank in range(tensor_ranks) for owner in range(num_owners)}
+    slots: dict[str, tuple[int, int | None]] = {}
+    costs = {name: rules[name].cost(placement.shape) for name, placement in placements.items()}
+    for name in sorted(placements, key=lambda name: -costs[name]):
+        if rules[name].share == "whole" and tensor_ranks > 1:
+            slot = min(loads, key=loads.__getitem__)
+            slots[name], loads[slot] = slot, loads[slot] + costs[name]
+        else:
+            owner = min(range(num_owners), key=lambda owner: sum(loads[owner, t] for t in range(tensor_ranks)))
+            slots[name] = owner, None
+            for tensor_rank in range(tensor_ranks):
+                loads[owner, tensor_rank] += costs[name] / tensor_ranks
+    return [OwnedBox(name, placement.box, *slots[name]) for name, placement in placements.items()]
 
 
 def local(owned: OwnedBox, placement: Placement, tensor: torch.Tensor) -> torch.Tensor:
@@ -92,17 +113,22 @@ def local(owned: OwnedBox, placement: Placement, tensor: torch.Tensor) -> torch.
     return tensor[start - first : stop - first]
 
 
-def buckets(owned: Sequence[OwnedBox], dtypes: Mapping[str, torch.dtype], bucket_bytes: int) -> Iterator[list[OwnedBox]]:
-    """Consecutive parts of the same owner and dtype, about ``bucket_bytes`` at a time: what one collective moves."""
-    bucket: list[OwnedBox] = []
-    filled = 0
-    for part in owned:
-        size = box_shape(part.box).numel() * dtypes[part.name].itemsize
-        differs = bucket and (bucket[0].owner != part.owner or dtypes[bucket[0].name] != dtypes[part.name])
-        if bucket and (differs or filled + size > bucket_bytes):
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(part)
-        filled += size
-    if bucket:
-        yield bucket
+def buckets(owned: Sequence[OwnedBox], dtypes: Mapping[str, torch.dtype], bucket_bytes: int) -> list[list[OwnedBox]]:
+    """Parts of the same owner and dtype, about ``bucket_bytes`` at a time: what one collective moves.
+
+    ``owned`` is in the order of the model, and so are the parts of a bucket; buckets are in the order in which backward, which begins
+    at the end of the model, completes them.
+    """
+    complete: list[list[OwnedBox]] = []
+    filling: dict[tuple[int, torch.dtype], list[OwnedBox]] = {}
+    for part in reversed(owned):
+        key = part.owner, dtypes[part.name]
+        bucket = filling.get(key, [])
+        if bucket and sum(_bytes(each, dtypes) for each in (part, *bucket)) > bucket_bytes:
+            complete.append(filling.pop(key))
+        filling.setdefault(key, []).insert(0, part)
+    return complete + list(filling.values())
+
+
+def _bytes(part: OwnedBox, dtypes: Mapping[str, torch.dtype]) -> int:
+    return box_shape(part.box).numel() * dtypes[part.name].itemsize

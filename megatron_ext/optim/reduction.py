@@ -15,13 +15,13 @@ from megatron_ext.parallel.placement import Placement
 class GradientReduction:
     """Sums each gradient over the data ranks into its owner, bucket by bucket.
 
-    Buckets leave in one order, the same on all ranks, because a collective meets the one that the others issue in its place: from the end
-    of the model, where backward begins. A bucket leaves when all its gradients are final and all buckets before it have left; what has not
-    left when the step comes leaves then. A gradient is released when its last bucket has left. With dp data ranks, B bytes of main
-    gradients send B (dp - 1) / dp a rank in the mean.
+    Buckets leave in one order, the same on all ranks, because a collective meets the one that the others issue in its place. A bucket
+    leaves when all its gradients are final and all buckets before it have left; what has not left when the step comes leaves then. A
+    gradient is released when its last bucket has left. With dp data ranks, B bytes of main gradients send B (dp - 1) / dp a rank in the
+    mean.
 
     Args:
-        buckets: what leaves together, from the beginning of the model.
+        buckets: what leaves together, in the order in which it is to leave.
         parameters: of this rank, by name.
         placements: of the parameters.
         group: the data ranks.
@@ -36,7 +36,7 @@ class GradientReduction:
         group: Group,
         overlap: bool,
     ) -> None:
-        self._buckets = list(reversed(buckets))
+        self._buckets = list(buckets)
         self._placements = placements
         self._group = group
         self.gradients = MainGradients(parameters, self._on_final if overlap and group.size > 1 else None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.parallel.group import Group, Traffic
+from megatron_ext.parallel.group import PACK_AXES, Group, Traffic
 from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.parallel.world import World
 
@@ -147,7 +147,7 @@ class Grid:
         next, and so meet in packs and in the reduction of gradients, which goes on beside, in different orders.
         """
         keys = [key(*self.shape.coordinates(rank)) for rank in range(self.world.size)]
-        division = (axis in ("block", "ring"), tuple(keys.index(each) for each in keys))
+        division = (axis in PACK_AXES, tuple(keys.index(each) for each in keys))
         ranks = tuple(rank for rank, first in enumerate(division[1]) if first == division[1][self.world.rank])
         if division not in self._divisions:
             anyone_has_others = len(set(keys)) < self.world.size

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
+PACK_AXES = ("block", "ring")
+"""Groups of ranks that share packs."""
 SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 # torch 2.13 renames both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,7 +23,7 @@ class Traffic:
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     exchange_seconds: float = 0.0
-    """Spent in all-to-alls and rings, waiting for other ranks included. Counted on CPUs only: GPUs work on while we count."""
+    """Spent in all-to-alls and rings of packs, waiting for other ranks included. Counted on CPUs only: GPUs work on while we count."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Group:
         self._count("all_to_all", (sum(send) - send[self.rank]) * tensor.element_size())
         begin = time.perf_counter()
         dist.all_to_all_single(received, tensor.contiguous(), list(receive), list(send), group=self.handle)
-        self.traffic.exchange_seconds += time.perf_counter() - begin if tensor.device.type == "cpu" else 0.0
+        if self.axis in PACK_AXES and tensor.device.type == "cpu":
+            self.traffic.exchange_seconds += time.perf_counter() - begin
         return received
 
     def start_reduce(self, tensor: Tensor, owner: int) -> dist.Work | None:

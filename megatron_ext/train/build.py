@@ -21,8 +21,9 @@ from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.parallel_limits import check_divides
 from megatron_ext.model.placements import placements
-from megatron_ext.optim.adamw import AdamW, decay_groups
-from megatron_ext.optim.options import OptimizerOptions
+from megatron_ext.optim.options import OptimizerOptions, RuleName
+from megatron_ext.optim.routing import route
+from megatron_ext.optim.rules import build_rules
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.device import choose_dtype
 from megatron_ext.parallel.grid import Grid, GridShape, grid_shape
@@ -45,6 +46,8 @@ class Setup:
     tokenizer: Tokenizer | None
     mixture: Mixture
     validation: list[ValidationSet]
+    routes: dict[str, RuleName]
+    """The update rule of every parameter."""
 
     @property
     def tokens_per_pack(self) -> int:
@@ -82,7 +85,8 @@ def prepare(config: RunConfig) -> Setup:
     mixture = build_mixture(config)
     validation = validation_sets(config.data, mixture.corpora, config.evaluation.tokens)
     check_divides(model, config.parallel)
-    setup = Setup(config, model, Path(tokenizer_dir) if tokenizer_dir else None, tokenizer, mixture, validation)
+    routes = route(parameter_shapes(model), config.optimizer)
+    setup = Setup(config, model, Path(tokenizer_dir) if tokenizer_dir else None, tokenizer, mixture, validation, routes)
     mixture.check_epochs(setup.token_budget)
     return setup
 
@@ -203,13 +207,16 @@ def build_engine(setup: Setup, model: GPT, grid: Grid) -> Engine:
 
 
 def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid, shares_packs: bool = False) -> ShardedOptimizer:
-    """AdamW on float32 master rows, each data rank owning its part; ``shares_packs``: some packs may be of several data ranks."""
+    """The rules that ``options`` ask for on float32 masters, each rank owning its part.
+
+    ``shares_packs``: some packs may be of several data ranks.
+    """
     # A rank in its last pack may share it with one that has another pack to come. On a GPU the reduction that the first begins would
     # wait there for that pack, and the exchange that the second waits for could wait behind it.
     overlap = options.overlap_reduction and not (shares_packs and grid.world.device.type == "cuda")
-
-    def rule(owned: list[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
-        return AdamW(decay_groups(owned, options.weight_decay), lr=options.lr, betas=tuple(options.betas), eps=options.eps)
-
     where = placements(model, grid, model.config.tie_embeddings)
-    return ShardedOptimizer(dict(model.named_parameters()), where, rule, grid, options.clip_norm, overlap)
+    rules = build_rules(options, where, grid.tp, model.config.head_dim)
+    routes = route(parameter_shapes(model.config), options)
+    return ShardedOptimizer(
+        dict(model.named_parameters()), where, {name: rules[routes[name]] for name in where}, grid, options.clip_norm, overlap
+    )

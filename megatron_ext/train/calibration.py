@@ -91,7 +91,7 @@ def calibrate(setup: Setup, grid: Grid, rounds: int, progress: Callable[[int, in
     """
     model, chosen = build_model(setup, grid)
     engine = build_engine(setup, model, grid)
-    engine.optimizer.set_learning_rate(0.0)
+    engine.optimizer.set_learning_rate_factor(0.0)
     like = torch.empty(0, dtype=next(model.parameters()).dtype, device=grid.world.device)
     backend, _ = select_backend(setup.config.model.attention, like.device, like.dtype, setup.model.head_dim)
     cost = CostModel(setup.tokens_per_pack, attention=attention_shape(setup, grid.shape, like.dtype))

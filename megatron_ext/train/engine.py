@@ -28,6 +28,8 @@ class StepResult:
     skipped: bool
     flags: torch.Tensor
     """What the ranks passed as ``flags``, summed."""
+    orthogonalizations: int
+    """Matrices that all ranks together orthogonalized; what several ranks hold alike counts for each of them."""
     exchange_seconds: float
     """Mean over the ranks of the time in exchanges of shared packs; see ``Traffic``."""
 
@@ -68,7 +70,9 @@ class StepOptimizer(SavedOptimizer, Protocol):
 
     def expect_backwards(self, count: int) -> None: ...
 
-    def set_learning_rate(self, lr: float) -> None: ...
+    orthogonalizations: int
+
+    def set_learning_rate_factor(self, factor: float) -> None: ...
 
     def check_replicas(self) -> None: ...
 
@@ -114,10 +118,18 @@ class Engine:
         before = self.grid.traffic.exchange_seconds
         self.optimizer.expect_backwards(len(packs))
         self._passes.train(packs, float(max(1, step_loss_tokens)), losses)
-        mine = torch.tensor([self.grid.traffic.exchange_seconds - before], dtype=torch.float64)
+        exchange_seconds = self.grid.traffic.exchange_seconds - before
+        mine = torch.tensor([self.optimizer.orthogonalizations, exchange_seconds], dtype=torch.float64)
         sums, beside = losses.over(self.grid, torch.cat([flags, mine]))
-        exchange = float(beside[-1]) / self.grid.shape.size
-        return StepResult(sums[0], sums[1], self.optimizer.grad_norm, self.optimizer.overflow, beside[:-1], exchange)
+        *_, orthogonalizations, exchange_seconds = beside.tolist()
+        return StepResult(
+            *sums,
+            self.optimizer.grad_norm,
+            self.optimizer.overflow,
+            beside[: len(flags)],
+            int(orthogonalizations),
+            exchange_seconds / self.grid.shape.size,
+        )
 
     @property
     def pack_seconds(self) -> float:

@@ -15,8 +15,11 @@ from megatron_ext.checkpoint.save import CheckpointWriter
 from megatron_ext.config import monitor_config, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.errors import DataError
+from megatron_ext.model.gpt import parameter_shapes
 from megatron_ext.optim.main_gradients import main_dtype
+from megatron_ext.optim.routing import summarize_routes
 from megatron_ext.optim.schedules import learning_rate_factor
+from megatron_ext.optim.state_change import describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning.worker import PlanSettings
@@ -59,6 +62,7 @@ class Trainer:
         if self.config.planning.policy != "data_parallel":
             self.chosen["costs"] = why_cost
         self.correction = CostCorrection(self.cost)
+        self.state_changes: list[str] = []
         self.resumed_from = self._resume()
         self.planner = self._build_planner()
         self.console = Console(self.world.is_main, self.total_steps)
@@ -120,8 +124,8 @@ class Trainer:
         pieces = self.setup.mixture.take(self.config.data.tokens_per_step)
         step_plan = self.planner.next_step(pieces, self.setup.mixture.corpora)
         self.step += 1
-        lr = self.config.optimizer.lr * learning_rate_factor(self.config.schedule, self.step, self.total_steps)
-        self.optimizer.set_learning_rate(lr)
+        factor = learning_rate_factor(self.config.schedule, self.step, self.total_steps)
+        self.optimizer.set_learning_rate_factor(factor)
         asked = torch.tensor([float(self.stop.reason is not None)], dtype=torch.float64)
         mine = self.engine.packs_of(step_plan.plan)
         packs = PlannedPacks(mine, pieces, self.setup.mixture.corpora, self.setup.model.vocab_size, self.grid.dp.rank)
@@ -132,10 +136,11 @@ class Trainer:
         self.skipped_steps += result.skipped
         if self.config.planning.correct:
             self.correction.add(step_plan.plan, self.grid.dp.rank, self.planner.cost, self.engine.pack_seconds)
-        self._record(pieces, step_plan, result, lr, time.perf_counter() - begin)
+        self._check_rules(result)
+        self._record(pieces, step_plan, result, factor, time.perf_counter() - begin)
         return bool(result.flags[0] > 0)
 
-    def _record(self, pieces: list[Piece], step_plan: StepPlan, result: StepResult, lr: float, seconds: float) -> None:
+    def _record(self, pieces: list[Piece], step_plan: StepPlan, result: StepResult, factor: float, seconds: float) -> None:
         lengths = [len(piece) for piece in pieces]
         step_tokens = sum(lengths)
         self.tokens += step_tokens
@@ -151,7 +156,8 @@ class Trainer:
             "loss": result.loss,
             "loss_by_source": {name: loss / count for name, loss, count in by_source if count},
             "tokens_by_source": dict(self.tokens_by_source),
-            "lr": lr,
+            "lr": factor * self.config.optimizer.lr,
+            **self._rule_records(factor, result),
             "grad_norm": result.grad_norm,
             "tokens_per_second": step_tokens / seconds,
             "tflops": step_tokens * flops / seconds / 1e12,
@@ -172,6 +178,16 @@ class Trainer:
             self.console.step_line(record, flops)
             if self.world.is_main and len(step_plan.plan.packs) <= MOST_PACKS_WRITTEN:
                 self.metrics.write("plan", step=self.step, **step_plan.picture(self.planner.cost))
+
+    def _check_rules(self, result: StepResult) -> None:
+        """Nobody should believe to train with Muon while nothing is orthogonalized."""
+        if {"muon", "normuon"} & self.config.optimizer.rules and not result.skipped and not result.orthogonalizations:
+            raise AssertionError(f"step {self.step}: a rule that orthogonalizes has parameters, but no matrix was orthogonalized")
+
+    def _rule_records(self, factor: float, result: StepResult) -> dict[str, Any]:
+        """Of each rule beside adamw: its learning rate; and how many matrices were orthogonalized."""
+        rates = {name: factor * self.config.optimizer.base_lr(name) for name in sorted(self.config.optimizer.rules)}
+        return {"lr_by_rule": rates, "orthogonalizations": result.orthogonalizations} if rates else {}
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -224,6 +240,7 @@ class Trainer:
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "grid": asdict(self.grid.shape),
             "cost_correction": self.correction.state(),
+            "routes": self.setup.routes,
             "versions": _versions(),
         }
 
@@ -234,7 +251,7 @@ class Trainer:
             return None
         state = verify(path, self.world)
         self.setup.mixture.load_state_dict(state["data"], self.config.checkpoint.allow_changed_data)
-        load_optimizer(path, self.optimizer, self.world)
+        self.state_changes = describe_changes(load_optimizer(path, self.optimizer, self.world))
         self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
         self.tokens_by_source |= {name: n for name, n in state["tokens_by_source"].items() if name in self.tokens_by_source}
         self.optimizer.updates = state["updates"]
@@ -260,15 +277,19 @@ class Trainer:
             {
                 "ranks": f"{shape.size}: {shape}, {describe(self.world.device)}",
                 "parameters": f"{parameters:,}",
-                "optimizer": f"AdamW on {self._master_dtype()} masters, {self._sharding()}",
+                "optimizer": f"{self.config.optimizer.rule} on {self._master_dtype()} masters, {self._sharding()}",
+                **self._rules_banner(),
                 "step": f"{self.config.data.tokens_per_step:,} tokens at most; {packs}",
                 "budget": f"{self.total_steps:,} steps, {setup.token_budget:,} tokens",
                 "data": ", ".join(f"{corpus.name} {share:.1%} ({corpus.dataset.num_tokens:,} tokens)" for corpus, share in shares),
                 **self.chosen,
                 **({"unigram entropy": ", ".join(f"{name} {value:.3f}" for name, value in entropy.items())} if entropy else {}),
                 **({"resumed from": str(self.resumed_from)} if self.resumed_from else {}),
+                **({"optimizer state": "; ".join(self.state_changes)} if self.state_changes else {}),
             }
         )
+        if self.state_changes:
+            self.metrics.write("event", event="state_change", step=self.step, changes=self.state_changes)
         self.metrics.write(
             "start",
             step=self.step,
@@ -285,6 +306,15 @@ class Trainer:
             unigram_entropy=entropy,
             versions=_versions(),
         )
+
+    def _rules_banner(self) -> dict[str, str]:
+        """Which rule updates what."""
+        shapes = parameter_shapes(self.setup.model)
+        rows = {f"  {each.rule}": f"{each}" for each in summarize_routes(self.setup.routes, shapes)}
+        muon = self.config.optimizer.muon
+        if {"muon", "normuon"} & self.config.optimizer.rules and muon.tp_mode == "blockwise" and self.grid.shape.tp > 1:
+            rows["  muon.tp_mode"] = f"blockwise: {self.grid.shape.tp} parts of a matrix are orthogonalized apart, which changes the result"
+        return rows
 
     def _sharding(self) -> str:
         owned = self.setup.model.num_parameters() // self.grid.shape.size

@@ -24,11 +24,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from megatron_ext.errors import CheckpointError
 from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.optim.ownership import OwnedBox
 from megatron_ext.optim.replicas import check_replicas
+from megatron_ext.optim.state_change import StateChange
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.parallel.placement import Placement, whole_box
 from megatron_ext.train.deepspeed_setup import join_deepspeed, silenced
@@ -96,10 +98,12 @@ class ZeroOptimizer:
     def expect_backwards(self, count: int) -> None:
         """DeepSpeed counts for itself."""
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Learning rate of the next step."""
+    orthogonalizations = 0
+
+    def set_learning_rate_factor(self, factor: float) -> None:
+        """Learning rate of the next step, relative to the base rate."""
         for group in self._rule.param_groups:
-            group["lr"] = lr
+            group["lr"] = self._rule.defaults["lr"] * factor
 
     def check_replicas(self) -> None:
         """See ``ShardedOptimizer``; in stage 3 no two ranks hold the same."""
@@ -119,10 +123,19 @@ class ZeroOptimizer:
                 yield OwnedBox(name, whole_box(shape), ranks.rank), whole | {"step": step}
 
     @torch.no_grad()
-    def load_owned_state(self, read: Callable[[OwnedBox], dict[str, Tensor]]) -> None:
-        """Replace every parameter by what ``read`` returns for it, on all ranks, one at a time."""
+    def load_owned_state(self, read: Callable[[OwnedBox], dict[str, Tensor]]) -> list[StateChange]:
+        """Replace every parameter by what ``read`` returns for it, on all ranks, one at a time.
+
+        Raises:
+            CheckpointError: a parameter has no moments of AdamW. DeepSpeed has one number of steps for all, so none could begin alone.
+        """
         for name, parameter in self._parameters.items():
             values = read(OwnedBox(name, self.placements[name].box, self._grid.dp.rank))
+            if missing := {*MOMENTS, "step"} - values.keys():
+                raise CheckpointError(
+                    f"{name}: the checkpoint has no {', '.join(sorted(missing))}, because another rule than adamw updated it; "
+                    "accepted by ZeRO is the state of adamw alone. optimizer.sharding whole_tensor can begin anew where it is missing"
+                )
             safe_set_full_fp32_param(parameter, values["master"])
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, values[moment], moment)
@@ -131,6 +144,7 @@ class ZeroOptimizer:
             step = values["step"]
         for state in self._rule.state.values():
             state["step"].copy_(step)
+        return []
 
 
 class ZeroPasses(WholePasses):

@@ -111,7 +111,7 @@ def test_no_more_is_read_than_was_asked_for(tmp_path: Path) -> None:
     assert read == [torch.Size([2, 2])] * 2, "master and moment"
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "index.json"), ('{"format": 1}', "format is 1; this version reads 2")])
+@pytest.mark.parametrize(("text", "message"), [("{", "index.json"), ('{"format": 1}', "format is 1; this version reads 3")])
 def test_an_index_that_cannot_be_used_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer" / "index.json").write_text(text, "utf-8")

@@ -39,7 +39,6 @@ def trained(world: World = ALONE, dtype: torch.dtype = torch.float32, seed: int 
     model.reset_parameters(seed)
     model.to(dtype)
     optimizer = build_optimizer(model, OptimizerOptions(lr=0.01), data_grid(world))
-    optimizer.set_learning_rate(0.01)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for parameter in model.parameters():

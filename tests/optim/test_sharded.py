@@ -210,5 +210,6 @@ def test_state_of_another_shape_is_refused() -> None:
 
 def test_learning_rate_reaches_the_rule() -> None:
     optimizer = owner_optimizer(parameters(torch.float32).items(), adamw)
-    optimizer.set_learning_rate(0.125)
-    assert [group["lr"] for group in optimizer.rule.param_groups + optimizer.param_groups] == [0.125, 0.125]
+    optimizer.set_learning_rate_factor(0.125)
+    (group,) = optimizer.rules["adamw"].param_groups
+    assert group["lr"] == 0.125 * group["base_lr"] and group["base_lr"] > 0

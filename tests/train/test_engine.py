@@ -88,7 +88,9 @@ def gradients_by_packs(
     engine = engine_of(world, model, optimizer, corpus)
     result = step_by(engine, world, plan_step([len(p) for p in pieces], world.size, CostModel(tokens_per_pack)), pieces, corpus)
     engine.close()
-    return result.loss, [(o.part.name, o.part.box[0][0], seen) for o, seen in zip(optimizer.owned, optimizer.rule.seen, strict=True)]
+    return result.loss, [
+        (o.part.name, o.part.box[0][0], seen) for o, seen in zip(optimizer.owned, optimizer.rules["adamw"].seen, strict=True)
+    ]
 
 
 def whole(parts: list[list[tuple[str, int, torch.Tensor]]]) -> TENSORS:
@@ -194,7 +196,6 @@ def weights_after_steps(world: World, prefix: str, tokens_per_pack: int, clip_no
     corpus = corpus_at(prefix)
     model = build(torch.float64)
     optimizer = build_optimizer(model, OptimizerOptions(lr=0.01, clip_norm=clip_norm), data_grid(world))
-    optimizer.set_learning_rate(0.01)
     engine = engine_of(world, model, optimizer, corpus)
     norms = []
     for pieces in halves(corpus):

@@ -21,6 +21,7 @@ from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from megatron_ext.train.engine import owner_engine
 from tests.distributed import RankPools
+from tests.grids import everywhere
 from tests.train.tiny_run import write_run
 
 MODEL = ModelConfig(51, 24, 40, 3, 4, 2, 6, 64, qk_norm=True, qkv_bias=True, init_std=0.2)
@@ -94,8 +95,7 @@ def train_on(world: World, config: str, case: Case, dtype: torch.dtype, clip: fl
     model.reset_parameters(seed=3)
     model.to(dtype)
     where = placements(model, grid, case.tied)
-    optimizer = ShardedOptimizer(dict(model.named_parameters()), where, Recording, grid, clip)
-    optimizer.set_learning_rate(RULE["lr"])
+    optimizer = ShardedOptimizer(dict(model.named_parameters()), where, everywhere(Recording, where), grid, clip)
     settings = deepspeed_config(load_config(config, [f"parallel.pp={case.pp}"]), grid.shape.dp)
     engine = owner_engine(model, optimizer, grid, settings, 1)
     mine = packs()[grid.dp.rank :: grid.shape.dp]
@@ -103,7 +103,10 @@ def train_on(world: World, config: str, case: Case, dtype: torch.dtype, clip: fl
     optimizer.check_replicas()
     loss, tokens = engine.evaluate(mine)
     engine.close()
-    gradients = [(o.part.name, o.part.box, g) for o, g in zip(optimizer.owned, optimizer.rule.first if optimizer.rule else [], strict=True)]
+    gradients = [
+        (o.part.name, o.part.box, g)
+        for o, g in zip(optimizer.owned, optimizer.rules["adamw"].first if optimizer.rules else [], strict=True)
+    ]
     parameters = [(name, where[name].box, parameter.detach()) for name, parameter in model.named_parameters()]
     seen = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results], "evaluated": loss / tokens}
     return seen | {"gradients": gradients, "parameters": parameters}

@@ -21,6 +21,7 @@ from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from megatron_ext.train.memory import grids, largest_rank, rank_memory
 from tests.distributed import RankPools
+from tests.grids import everywhere
 from tests.train.tiny_run import write_run
 
 MODEL = ModelConfig(512, 64, 160, 4, 8, 4, 8, 256)
@@ -75,7 +76,9 @@ def states_on(world: World, shape: GridShape, dtype: torch.dtype, shard_tokens: 
     model.reset_parameters(0)
     model.to(dtype)
     where = placements(model, grid, False)
-    optimizer = ShardedOptimizer(dict(model.named_parameters()), where, lambda owned: AdamW(decay_groups(owned, 0.1)), grid, 1.0)
+    optimizer = ShardedOptimizer(
+        dict(model.named_parameters()), where, everywhere(lambda owned: AdamW(decay_groups(owned, 0.1)), where), grid, 1.0
+    )
     for parameter in model.parameters():
         parameter.sum().backward()
     gradients: MainGradients = optimizer.gradients
@@ -83,7 +86,7 @@ def states_on(world: World, shape: GridShape, dtype: torch.dtype, shard_tokens: 
     optimizer.step()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     tensors = [owned.master.detach() for owned in optimizer.owned]
-    tensors += [t for state in optimizer.rule.state.values() for t in state.values() if t.ndim]
+    tensors += [t for state in optimizer.rules["adamw"].state.values() for t in state.values() if t.ndim]
     held = sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage().data_ptr() not in own)
     return sum(parameter.nbytes for parameter in model.parameters()), main, held
 

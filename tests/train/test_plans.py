@@ -25,7 +25,8 @@ from megatron_ext.train import packs as packs_module
 from megatron_ext.train.engine import Engine, owner_engine
 from megatron_ext.train.packs import PlannedPacks
 from tests.distributed import RankPools
-from tests.train.test_grids import CLIP, MODEL, RULE, Case, Recording, covered, largest_error
+from tests.grids import everywhere
+from tests.train.test_grids import CLIP, MODEL, Case, Recording, covered, largest_error
 from tests.train.tiny_run import write_run
 
 LENGTHS = (1, 2, 7, 13, 29, 1, 31, 3, 17, 5)
@@ -75,8 +76,8 @@ def engine_on(world: World, config: str, case: Case, dtype: torch.dtype) -> tupl
     model = GPT(case.model, "sdpa", case.recompute, TensorParallel(grid.tp, case.shard_tokens), stages(case.layers)[grid.stage])
     model.reset_parameters(seed=3)
     model.to(dtype)
-    optimizer = ShardedOptimizer(dict(model.named_parameters()), placements(model, grid, case.tied), Recording, grid, CLIP)
-    optimizer.set_learning_rate(RULE["lr"])
+    where = placements(model, grid, case.tied)
+    optimizer = ShardedOptimizer(dict(model.named_parameters()), where, everywhere(Recording, where), grid, CLIP)
     settings = deepspeed_config(load_config(config, [f"parallel.pp={case.pp}"]), grid.shape.dp)
     return grid, model, optimizer, owner_engine(model, optimizer, grid, settings, 1)
 
@@ -94,7 +95,10 @@ def train_by_plans(world: World, config: str, case: Case, dtype: torch.dtype, pl
     optimizer.check_replicas()
     evaluated, _ = engine.evaluate(packs_of(engine, plans[-1], Tokens()))
     engine.close()
-    gradients = [(o.part.name, o.part.box, g) for o, g in zip(optimizer.owned, optimizer.rule.first if optimizer.rule else [], strict=True)]
+    gradients = [
+        (o.part.name, o.part.box, g)
+        for o, g in zip(optimizer.owned, optimizer.rules["adamw"].first if optimizer.rules else [], strict=True)
+    ]
     where = placements(model, engine.grid, case.tied)
     parameters = [(name, where[name].box, parameter.detach()) for name, parameter in model.named_parameters()]
     seen = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results], "evaluated": evaluated}
