@@ -9,7 +9,8 @@ class UpdateExtension(Protocol):
     """Changes what the update rule gets or what it did, tensor by tensor, in place.
 
     Tensors are float32 (float64 in float64 models) and whole parameters, except that under tensor parallelism a rank sees its part of a
-    divided matrix. Each is seen by its owner only; of one that several ranks of the model hold, every holder does the same.
+    divided matrix; updates of matrices that a rule needs whole are seen whole. Each is seen by its owner only; of one that several ranks
+    of the model hold, every holder does the same.
     """
 
     def on_gradient(self, name: str, gradient: Tensor) -> None:

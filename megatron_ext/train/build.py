@@ -55,9 +55,14 @@ class Setup:
         return self.config.planning.tokens_per_pack or self.config.data.sequence_length
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return total_steps(self.config)
+
+    @property
     def token_budget(self) -> int:
         """Most tokens that the run trains on."""
-        return total_steps(self.config) * self.config.data.tokens_per_step
+        return self.total_steps * self.config.data.tokens_per_step
 
     def hf_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """config.json of the exported model."""

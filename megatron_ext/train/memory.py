@@ -8,9 +8,10 @@ import torch
 from megatron_ext.config import RunConfig
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.config import ModelConfig
-from megatron_ext.model.gpt import GPT
+from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.model.loss import chunk_tokens
 from megatron_ext.model.parallel_limits import check_divides
+from megatron_ext.optim.routing import route
 from megatron_ext.optim.sharded import BUCKET_BYTES
 from megatron_ext.parallel.grid import GridShape
 from megatron_ext.parallel.group import Group, Traffic
@@ -18,8 +19,8 @@ from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.parallel.pipeline import Stage, balanced, stages
 from megatron_ext.parallel.tensor import TensorParallel
 
-MOMENTS = 2
-"""Moments of AdamW, each in the dtype of the master weights."""
+MOMENTS = {"adamw": 2, "adamp": 2, "muon": 1, "normuon": 1}
+"""Moments of the rules, each as large as the master weights."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,26 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
     size, wide = dtype.itemsize, max(4, dtype.itemsize)
     zero = 0 if config.optimizer.sharding == "whole_tensor" else int(config.optimizer.sharding[-1])
     owned = -(-elements // shape.dp)
-    aliased = zero == 0 and dtype.itemsize >= 4
     tokens = config.planning.tokens_per_pack or config.data.sequence_length
     return RankMemory(
         parameters=size * (owned if zero == 3 else elements),
         gradients=wide * (owned if zero >= 2 else elements),
-        optimizer=wide * owned * (MOMENTS + (0 if aliased else 1)),
+        optimizer=wide * _optimizer_values(config, model, held, shape, aliased=zero == 0 and dtype.itemsize >= 4) // shape.dp,
         activations=_activations(config, model, shape, part, tokens, dtype) * min(shape.pp - stage, shape.pp),
         logits=_logits(model, shape, tokens, dtype) if part.is_last else 0,
         buffers=_buffers(model, shape, part, tokens, dtype) + _exchanged(config, model, shape, tokens, dtype),
     )
+
+
+def _optimizer_values(config: RunConfig, model: ModelConfig, held: GPT, shape: GridShape, aliased: bool) -> int:
+    """Master weights and moments of a model line's part; ``aliased``: masters are the parameters, but where they are put together."""
+    routes = route(parameter_shapes(model), config.optimizer)
+    gathers = shape.tp > 1 and config.optimizer.muon.tp_mode == "gather"
+    values = 0
+    for name, parameter in held.named_parameters():
+        own = not aliased or (gathers and routes[name] in ("muon", "normuon"))
+        values += parameter.numel() * (MOMENTS[routes[name]] + own)
+    return values
 
 
 def _stage(config: RunConfig, model: ModelConfig, shape: GridShape, stage: int) -> Stage:

@@ -15,14 +15,12 @@ from megatron_ext.checkpoint.save import CheckpointWriter
 from megatron_ext.config import monitor_config, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.errors import DataError
-from megatron_ext.model.gpt import parameter_shapes
-from megatron_ext.optim.main_gradients import main_dtype
-from megatron_ext.optim.routing import summarize_routes
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.optim.state_change import describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning.worker import PlanSettings
+from megatron_ext.train.banner import describe_run
 from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.console import Console
 from megatron_ext.train.cost_correction import CostCorrection
@@ -267,21 +265,12 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Print the banner and write the start record."""
-        setup, shape = self.setup, self.grid.shape
-        parameters = setup.model.num_parameters()
+        setup = self.setup
         entropy = {each.name: each.unigram_entropy() for each in setup.validation} if self.world.is_main else {}
-        shares = zip(setup.mixture.corpora, setup.mixture.shares, strict=True)
-        packs = f"packs of {setup.tokens_per_pack:,}, {self.config.planning.policy}"
         self.console.say(f"megatron_ext {version('megatron_ext')}: {self.run_dir}")
         self.console.banner(
             {
-                "ranks": f"{shape.size}: {shape}, {describe(self.world.device)}",
-                "parameters": f"{parameters:,}",
-                "optimizer": f"{self.config.optimizer.rule} on {self._master_dtype()} masters, {self._sharding()}",
-                **self._rules_banner(),
-                "step": f"{self.config.data.tokens_per_step:,} tokens at most; {packs}",
-                "budget": f"{self.total_steps:,} steps, {setup.token_budget:,} tokens",
-                "data": ", ".join(f"{corpus.name} {share:.1%} ({corpus.dataset.num_tokens:,} tokens)" for corpus, share in shares),
+                **describe_run(setup, self.grid, next(self.model.parameters()).dtype),
                 **self.chosen,
                 **({"unigram entropy": ", ".join(f"{name} {value:.3f}" for name, value in entropy.items())} if entropy else {}),
                 **({"resumed from": str(self.resumed_from)} if self.resumed_from else {}),
@@ -295,9 +284,9 @@ class Trainer:
             step=self.step,
             tokens=self.tokens,
             run=self.run_dir.name,
-            ranks=shape.size,
-            grid=asdict(shape),
-            parameters=parameters,
+            ranks=self.grid.shape.size,
+            grid=asdict(self.grid.shape),
+            parameters=setup.model.num_parameters(),
             total_steps=self.total_steps,
             tokens_per_step=self.config.data.tokens_per_step,
             device=describe(self.world.device),
@@ -306,22 +295,6 @@ class Trainer:
             unigram_entropy=entropy,
             versions=_versions(),
         )
-
-    def _rules_banner(self) -> dict[str, str]:
-        """Which rule updates what."""
-        shapes = parameter_shapes(self.setup.model)
-        rows = {f"  {each.rule}": f"{each}" for each in summarize_routes(self.setup.routes, shapes)}
-        muon = self.config.optimizer.muon
-        if {"muon", "normuon"} & self.config.optimizer.rules and muon.tp_mode == "blockwise" and self.grid.shape.tp > 1:
-            rows["  muon.tp_mode"] = f"blockwise: {self.grid.shape.tp} parts of a matrix are orthogonalized apart, which changes the result"
-        return rows
-
-    def _sharding(self) -> str:
-        owned = self.setup.model.num_parameters() // self.grid.shape.size
-        return f"{self.config.optimizer.sharding}, each rank about {owned:,} parameters"
-
-    def _master_dtype(self) -> str:
-        return str(main_dtype(next(self.model.parameters()).dtype)).removeprefix("torch.")
 
 
 def _versions() -> dict[str, str]:

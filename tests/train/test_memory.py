@@ -11,17 +11,16 @@ from megatron_ext.config import RunConfig, load_config
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.model.placements import placements
-from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.main_gradients import MainGradients
-from megatron_ext.optim.sharded import ShardedOptimizer
+from megatron_ext.optim.options import OptimizerOptions, RuleName
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.parallel.pipeline import stages
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
+from megatron_ext.train.build import build_optimizer
 from megatron_ext.train.memory import grids, largest_rank, rank_memory
 from tests.distributed import RankPools
-from tests.grids import everywhere
 from tests.train.tiny_run import write_run
 
 MODEL = ModelConfig(512, 64, 160, 4, 8, 4, 8, 256)
@@ -69,16 +68,14 @@ def test_activations_are_those_that_autograd_keeps(path: str, recompute: str, mo
     assert rank_memory(config, model, GridShape(1, 1, 1), 0, torch.float32).activations == pytest.approx(measured, rel=0.1)
 
 
-def states_on(world: World, shape: GridShape, dtype: torch.dtype, shard_tokens: bool) -> tuple[int, int, int]:
+def states_on(world: World, shape: GridShape, dtype: torch.dtype, rule: RuleName) -> tuple[int, int, int]:
     """Bytes of parameters, main gradients and optimizer of this rank after a step."""
     grid = Grid(world, shape)
-    model = GPT(MODEL, "sdpa", tp=TensorParallel(grid.tp, shard_tokens), stage=stages([2] * shape.pp if shape.pp > 1 else [4])[grid.stage])
+    model = GPT(MODEL, "sdpa", tp=TensorParallel(grid.tp), stage=stages([2] * shape.pp if shape.pp > 1 else [4])[grid.stage])
     model.reset_parameters(0)
     model.to(dtype)
     where = placements(model, grid, False)
-    optimizer = ShardedOptimizer(
-        dict(model.named_parameters()), where, everywhere(lambda owned: AdamW(decay_groups(owned, 0.1)), where), grid, 1.0
-    )
+    optimizer = build_optimizer(model, OptimizerOptions(rule=rule), grid)
     for parameter in model.parameters():
         parameter.sum().backward()
     gradients: MainGradients = optimizer.gradients
@@ -86,16 +83,19 @@ def states_on(world: World, shape: GridShape, dtype: torch.dtype, shard_tokens: 
     optimizer.step()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     tensors = [owned.master.detach() for owned in optimizer.owned]
-    tensors += [t for state in optimizer.rules["adamw"].state.values() for t in state.values() if t.ndim]
+    tensors += [t for made in optimizer.rules.values() for state in made.state.values() for t in state.values() if t.ndim]
     held = sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage().data_ptr() not in own)
     return sum(parameter.nbytes for parameter in model.parameters()), main, held
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [GridShape(1, 1, 1), GridShape(1, 2, 1), GridShape(1, 1, 2), GridShape(2, 1, 1)], ids=str)
-def test_states_are_those_of_the_optimizer(run_ranks: RankPools, path: str, shape: GridShape, dtype: torch.dtype) -> None:
-    config = config_of(path, f"parallel.pp={shape.pp}", "parallel.layers_per_stage=" + ("[2, 2]" if shape.pp == 2 else "null"))
-    for rank, measured in enumerate(run_ranks(shape.size, states_on, shape, dtype, False)):
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_states_are_those_of_the_optimizer(run_ranks: RankPools, path: str, shape: GridShape, dtype: torch.dtype, rule: RuleName) -> None:
+    config = config_of(
+        path, f"parallel.pp={shape.pp}", "parallel.layers_per_stage=" + ("[2, 2]" if shape.pp == 2 else "null"), f"optimizer.rule={rule}"
+    )
+    for rank, measured in enumerate(run_ranks(shape.size, states_on, shape, dtype, rule)):
         memory = rank_memory(config, MODEL, shape, shape.coordinates(rank)[0], dtype)
         assert (memory.parameters, memory.gradients, memory.optimizer) == pytest.approx(measured, rel=0.1)
 
