@@ -1,7 +1,9 @@
-// AdamP (Heo et al., ICLR 2021, arXiv:2006.08217, algorithm 2) on float32 tensors in two passes over memory: 40 bytes a value.
+// AdamP (Heo et al., ICLR 2021, arXiv:2006.08217, algorithm 2) on float32 tensors, in one or two passes over memory.
 //
-// Pass 1 reads p, g, m, v and writes m, v and four sums of each row; the caller decides from the sums which rows are projected, and how
-// far; pass 2 reads p, m, v and writes p. Both compute the update u from the moments, which costs less than storing it between them.
+// Pass 1 reads p, g, m, v and writes m, v and four sums of each row; if asked, it also changes p as if nothing was projected. The caller
+// decides from the sums which rows are projected, and how far. Pass 2 reads p, m, v and writes p, only of rows that have to change.
+//
+// Both passes compute the update u from the moments, which takes less memory, and no more time, than storing it between them.
 //
 // No bit of the result depends on the number of threads or on the instruction set: sums run over 16 fixed lanes, blocks and tiles, which
 // are added in their order in float64, and the build forbids contraction to fused multiply-adds.
@@ -32,6 +34,12 @@ struct Rule {
     bool nesterov;
 };
 
+// p <- p + growth p + slope u
+struct Change {
+    float growth, slope;
+    bool nothing() const { return growth == 0 && slope == 0; }
+};
+
 struct Tile {
     float* p;
     const float* g;
@@ -55,17 +63,21 @@ INLINE void prefetch(const Tile& t, int64_t i) {
     __builtin_prefetch(t.v + i + AHEAD);
 }
 
+INLINE float changed(const Change& change, float p, float u) { return p + (change.growth * p + change.slope * u); }
+
 // Pass 1 on LANES values; adds the products to sums [SUMS, LANES]. All in one loop, so that roots and divisions overlap with the memory.
-template <bool NESTEROV>
-INLINE void moments_lanes(const Rule& rule, const float* __restrict p, const float* __restrict g, float* __restrict m,
-                          float* __restrict v, float (*__restrict sums)[LANES]) {
+template <bool NESTEROV, bool CHANGE>
+INLINE void first_lanes(const Rule& rule, const Change& change, float* __restrict p, const float* __restrict g, float* __restrict m,
+                        float* __restrict v, float (*__restrict sums)[LANES]) {
     for (int64_t i = 0; i < LANES; ++i) {
         m[i] = rule.beta1 * m[i] + rule.one_minus_beta1 * g[i];
         v[i] = rule.beta2 * v[i] + rule.one_minus_beta2 * (g[i] * g[i]);
+        const float u = update<NESTEROV>(rule, g[i], m[i], v[i]);
         sums[0][i] += g[i] * p[i];
         sums[1][i] += g[i] * g[i];
         sums[2][i] += p[i] * p[i];
-        sums[3][i] += p[i] * update<NESTEROV>(rule, g[i], m[i], v[i]);
+        sums[3][i] += p[i] * u;
+        if (CHANGE) p[i] = changed(change, p[i], u);
     }
 }
 
@@ -78,8 +90,8 @@ INLINE double total(const float* of_lanes) {
     return sums[0];
 }
 
-template <bool NESTEROV>
-INLINE void moments_body(const Rule& rule, const Tile& t, double* sums) {
+template <bool NESTEROV, bool CHANGE>
+INLINE void first_body(const Rule& rule, const Change& change, const Tile& t, double* sums) {
     std::fill(sums, sums + SUMS, 0.0);
     for (int64_t begin = 0; begin < t.size; begin += BLOCK) {
         const int64_t end = std::min(begin + BLOCK, t.size);
@@ -87,7 +99,7 @@ INLINE void moments_body(const Rule& rule, const Tile& t, double* sums) {
         int64_t i = begin;
         for (; i + LANES <= end; i += LANES) {
             prefetch<true>(t, i);
-            moments_lanes<NESTEROV>(rule, t.p + i, t.g + i, t.m + i, t.v + i, of_lanes);
+            first_lanes<NESTEROV, CHANGE>(rule, change, t.p + i, t.g + i, t.m + i, t.v + i, of_lanes);
         }
         if (i < end) {
             float p[LANES] = {}, g[LANES] = {}, m[LANES] = {}, v[LANES];
@@ -96,7 +108,8 @@ INLINE void moments_body(const Rule& rule, const Tile& t, double* sums) {
             std::copy(t.g + i, t.g + end, g);
             std::copy(t.m + i, t.m + end, m);
             std::copy(t.v + i, t.v + end, v);
-            moments_lanes<NESTEROV>(rule, p, g, m, v, of_lanes);
+            first_lanes<NESTEROV, CHANGE>(rule, change, p, g, m, v, of_lanes);
+            if (CHANGE) std::copy(p, p + (end - i), t.p + i);
             std::copy(m, m + (end - i), t.m + i);
             std::copy(v, v + (end - i), t.v + i);
         }
@@ -105,34 +118,38 @@ INLINE void moments_body(const Rule& rule, const Tile& t, double* sums) {
 }
 
 template <bool NESTEROV>
-INLINE void update_body(const Rule& rule, const Tile& t, float coefficient, float decay, float step_size) {
-    float* __restrict p = t.p;
-    const auto change = [&](int64_t i) __attribute__((always_inline)) {
-        p[i] = p[i] * decay - step_size * (update<NESTEROV>(rule, t.g[i], t.m[i], t.v[i]) - coefficient * p[i]);
+INLINE void first_of(const Rule& rule, const Change& change, const Tile& t, double* sums) {
+    change.nothing() ? first_body<NESTEROV, false>(rule, change, t, sums) : first_body<NESTEROV, true>(rule, change, t, sums);
+}
+
+template <bool NESTEROV>
+INLINE void second_body(const Rule& rule, const Change& change, const Tile& t) {
+    float *__restrict p = t.p, *__restrict m = t.m, *__restrict v = t.v;
+    const auto treat = [&](int64_t i) __attribute__((always_inline)) {
+        p[i] = changed(change, p[i], update<NESTEROV>(rule, t.g[i], m[i], v[i]));
     };
     int64_t begin = 0;
     for (; begin + LANES <= t.size; begin += LANES) {
         prefetch<NESTEROV>(t, begin);
-        for (int64_t i = begin; i < begin + LANES; ++i) change(i);
+        for (int64_t i = begin; i < begin + LANES; ++i) treat(i);
     }
-    for (int64_t i = begin; i < t.size; ++i) change(i);
+    for (int64_t i = begin; i < t.size; ++i) treat(i);
 }
 
 // The same code for each instruction set; the loops are vectorized by the compiler.
-#define VARIANT(NAME, TARGET)                                                                                             \
-    TARGET void moments_##NAME(const Rule& rule, const Tile& t, double* sums) {                                            \
-        rule.nesterov ? moments_body<true>(rule, t, sums) : moments_body<false>(rule, t, sums);                            \
+#define VARIANT(NAME, TARGET)                                                                                              \
+    TARGET void first_##NAME(const Rule& rule, const Change& change, const Tile& t, double* sums) {                        \
+        rule.nesterov ? first_of<true>(rule, change, t, sums) : first_of<false>(rule, change, t, sums);                    \
     }                                                                                                                      \
-    TARGET void update_##NAME(const Rule& rule, const Tile& t, float coefficient, float decay, float step_size) {          \
-        rule.nesterov ? update_body<true>(rule, t, coefficient, decay, step_size)                                          \
-                      : update_body<false>(rule, t, coefficient, decay, step_size);                                        \
+    TARGET void second_##NAME(const Rule& rule, const Change& change, const Tile& t) {                                     \
+        rule.nesterov ? second_body<true>(rule, change, t) : second_body<false>(rule, change, t);                          \
     }
 
 struct Variant {
     const char* name;
     bool runs_here;
-    void (*moments)(const Rule&, const Tile&, double*);
-    void (*update)(const Rule&, const Tile&, float, float, float);
+    void (*first)(const Rule&, const Change&, const Tile&, double*);
+    void (*second)(const Rule&, const Change&, const Tile&);
 };
 
 VARIANT(portable, )
@@ -145,10 +162,10 @@ VARIANT(avx512, __attribute__((target("avx512f,prefer-vector-width=512"))))
 bool find_variant(const char* name, Variant* found) {
     const Variant variants[] = {
 #if defined(__x86_64__)
-        {"avx512", __builtin_cpu_supports("avx512f") != 0, moments_avx512, update_avx512},
-        {"avx2", __builtin_cpu_supports("avx2") != 0, moments_avx2, update_avx2},
+        {"avx512", __builtin_cpu_supports("avx512f") != 0, first_avx512, second_avx512},
+        {"avx2", __builtin_cpu_supports("avx2") != 0, first_avx2, second_avx2},
 #endif
-        {"portable", true, moments_portable, update_portable},
+        {"portable", true, first_portable, second_portable},
     };
     for (const Variant& candidate : variants) {
         if (candidate.runs_here && (*name == '\0' || std::strcmp(name, candidate.name) == 0)) {
@@ -234,19 +251,20 @@ constexpr int32_t DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_INSTRUCTIONS = 2;
 // Both functions take `count` matrices of rows[n] x widths[n] contiguous values, and return DONE or one of the errors above.
 // instructions: "avx512", "avx2", "portable", or "" for the first of these that the CPU has.
 
-// Pass 1: moments of this step, and sums [all rows, 4] of g.p, g.g, p.p and p.u.
-extern "C" int32_t adamp_moments_f32(
+// Pass 1: moments of this step, and sums [all rows, 4] of g.p, g.g, p.p and p.u before p <- p + growth p + slope u; p stays if both are 0.
+extern "C" int32_t adamp_first_f32(
     int64_t count, const int64_t* rows, const int64_t* widths,
     float* const* p, float* const* g, float* const* m, float* const* v,
     double beta1, double beta2, double eps, double root_correction, int32_t nesterov, int64_t threads,
-    const char* instructions, double* sums) try {
+    const char* instructions, double growth, double slope, double* sums) try {
     Variant variant;
     if (!find_variant(instructions, &variant)) return NO_SUCH_INSTRUCTIONS;
     const Rule rule = make_rule(beta1, beta2, eps, root_correction, nesterov);
+    const Change change{static_cast<float>(growth), static_cast<float>(slope)};
     const Work work(count, rows, widths);
     std::vector<double> of_tiles(work.tiles() * SUMS);
     work.run(threads, false, [&](int64_t n, int64_t, int64_t at, int64_t size, int64_t tile) {
-        variant.moments(rule, {p[n] + at, g[n] + at, m[n] + at, v[n] + at, size}, &of_tiles[tile * SUMS]);
+        variant.first(rule, change, {p[n] + at, g[n] + at, m[n] + at, v[n] + at, size}, &of_tiles[tile * SUMS]);
     });
     work.add_tiles(of_tiles, sums);
     return DONE;
@@ -254,19 +272,19 @@ extern "C" int32_t adamp_moments_f32(
     return OUT_OF_MEMORY;
 }
 
-// Pass 2: p <- p decays[n] - step_size (u - coefficients[row] p).
-extern "C" int32_t adamp_update_f32(
+// Pass 2: p <- p + growth p + slope u with changes [all rows, 2] of growth and slope. Rows whose two are 0 are not touched.
+extern "C" int32_t adamp_second_f32(
     int64_t count, const int64_t* rows, const int64_t* widths,
     float* const* p, float* const* g, float* const* m, float* const* v,
     double beta1, double beta2, double eps, double root_correction, int32_t nesterov, int64_t threads,
-    const char* instructions, const double* coefficients, const double* decays, double step_size) try {
+    const char* instructions, const double* changes) try {
     Variant variant;
     if (!find_variant(instructions, &variant)) return NO_SUCH_INSTRUCTIONS;
     const Rule rule = make_rule(beta1, beta2, eps, root_correction, nesterov);
     // Backwards, because what pass 1 touched last is still in the caches.
     Work(count, rows, widths).run(threads, true, [&](int64_t n, int64_t row, int64_t at, int64_t size, int64_t) {
-        variant.update(rule, {p[n] + at, g[n] + at, m[n] + at, v[n] + at, size}, static_cast<float>(coefficients[row]),
-                       static_cast<float>(decays[n]), static_cast<float>(step_size));
+        const Change change{static_cast<float>(changes[2 * row]), static_cast<float>(changes[2 * row + 1])};
+        if (!change.nothing()) variant.second(rule, change, {p[n] + at, g[n] + at, m[n] + at, v[n] + at, size});
     });
     return DONE;
 } catch (const std::bad_alloc&) {

@@ -101,6 +101,9 @@ def project(sums: Tensor, summary: Summary, here: Matrices, eps: float) -> Proje
     """
     channel = summary.cosines < here.channel_bound
     layer = ~channel & (_cosines(summary.totals, eps) < here.layer_bound)
+    # On a CPU a look at the decision is free.
+    if sums.device.type == "cpu" and not bool((channel | layer).any()):
+        return Projection(channel, layer, torch.zeros_like(sums[:, 0]))
     of_rows, of_layers = (s[:, 3] / (s[:, 2].sqrt() + eps).square() for s in (sums, summary.totals))
     spread = torch.stack([channel, layer, of_layers], dim=1).repeat_interleave(here.rows, dim=0, output_size=len(sums))
     zero = torch.zeros_like(of_rows)
