@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_ext.parallel.device import DTYPES, choose_dtype, describe, local_device, synchronize
 
-KERNELS = {"adamp": "bench_adamp", "newton_schulz": "bench_newton_schulz"}
+KERNELS = {"adamp": "bench_adamp", "max_logits": "bench_max_logits", "newton_schulz": "bench_newton_schulz"}
 """Modules that have ``cases(options)``, by name of the kernel."""
 SEED = 0
 

@@ -4,13 +4,15 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from megatron_ext.kernels.max_logits import max_attention_logits, max_chunk_logits
 from megatron_ext.kernels.varlen_attention import varlen_attention
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
+from megatron_ext.model.max_logits import MaxLogits, Record
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.rope import apply_rope
 from megatron_ext.parallel.ring import ring_attention
-from megatron_ext.parallel.sequence import Attend, shared_attention
+from megatron_ext.parallel.sequence import Attend, attended_heads, shared_attention
 from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel
 
 
@@ -18,13 +20,23 @@ class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), the heads divided over the tensor-parallel ranks.
 
     Where there are fewer key/value heads than ranks, neighbouring ranks hold the same one.
+
+    Args:
+        config: shape.
+        backend: of ``varlen_attention``.
+        tp: tensor-parallel ranks.
+        layer: number of the layer in the whole model.
+        max_logits: takes this rank's largest logits while training; they are those of the queries and keys that meet, after norms and
+            rotation. None: they are not computed.
     """
 
-    def __init__(self, config: ModelConfig, backend: str, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, backend: str, tp: TensorParallel, layer: int, max_logits: MaxLogits | None = None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.backend = backend
         self.tp = tp
+        self.layer = layer
+        self.max_logits = max_logits
         queries = tp.heads(config.num_heads, config.head_dim)
         keys = tp.heads(config.num_kv_heads, config.head_dim)
         self.q_proj = ColumnLinear(config.hidden_size, queries, bias=config.qkv_bias)
@@ -46,9 +58,30 @@ class Attention(nn.Module):
 
     def _attend(self, pack: PackContext) -> Attend:
         """Attention of all tokens of the ranks that divide the heads: all of the pack, but for a ring."""
+        record = self._record(pack)
         if pack.sharing is not None and pack.sharing.ring is not None:
-            return partial(ring_attention, chunks=pack.sharing.chunks, ring=pack.sharing.ring)
-        return partial(varlen_attention, cu_seqlens=pack.cu_seqlens, max_seqlen=pack.max_seqlen, backend=self.backend)
+            observe = None if record is None else partial(_observe_chunks, record)
+            return partial(ring_attention, chunks=pack.sharing.chunks, ring=pack.sharing.ring, observe=observe)
+        attend = partial(varlen_attention, cu_seqlens=pack.cu_seqlens, max_seqlen=pack.max_seqlen, backend=self.backend)
+        return attend if record is None else partial(_observed, attend, record, pack.cu_seqlens)
+
+    def _record(self, pack: PackContext) -> Record | None:
+        """Takes the largest logits of the heads that this rank attends with; None where nobody wants them."""
+        if self.max_logits is None or not self.max_logits.enabled or not self.training:
+            return None
+        queries, keys = self.q_proj.split, self.k_proj.split
+        heads = attended_heads(queries.size // self.head_dim, keys.size // self.head_dim, pack.sharing)
+        first = queries.start // self.head_dim
+        return partial(self.max_logits.add, self.layer, range(first + heads.start, first + heads.stop))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+def _observed(attend: Attend, record: Record, cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    record(max_attention_logits(q, k, cu_seqlens))
+    return attend(q, k, v)
+
+
+def _observe_chunks(record: Record, q: Tensor, k: Tensor, causal: bool) -> None:
+    record(max_chunk_logits(q, k, causal))

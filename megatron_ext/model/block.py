@@ -6,6 +6,7 @@ from megatron_ext.model.attention import Attention
 from megatron_ext.model.checkpointing import recomputed
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
+from megatron_ext.model.max_logits import MaxLogits
 from megatron_ext.model.mlp import MLP
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.parallel.tensor import TensorParallel
@@ -18,13 +19,23 @@ class Block(nn.Module):
         config: shape.
         attention: backend of ``varlen_attention``.
         tp: tensor-parallel ranks.
+        layer: number of the layer in the whole model.
         recompute: what backward computes again instead of keeping it: see ``recomputed``.
+        max_logits: as in ``Attention``.
     """
 
-    def __init__(self, config: ModelConfig, attention: str, tp: TensorParallel, recompute: str = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: str,
+        tp: TensorParallel,
+        layer: int,
+        recompute: str = "none",
+        max_logits: MaxLogits | None = None,
+    ) -> None:
         super().__init__()
         self.recompute = recompute
-        self.self_attn = Attention(config, attention, tp)
+        self.self_attn = Attention(config, attention, tp, layer, max_logits)
         self.mlp = MLP(config, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, partial=tp.shard_tokens)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, partial=tp.shard_tokens)

@@ -9,6 +9,7 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
 from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.loss import linear_cross_entropy
+from megatron_ext.model.max_logits import MaxLogits
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.placements import parameter_boxes
 from megatron_ext.model.rope import rope_tables
@@ -21,11 +22,14 @@ from megatron_ext.parallel.tensor import ColumnLinear, TensorParallel, Vocabular
 class Decoder(nn.Module):
     """Everything under the name ``model.`` in a checkpoint that this stage holds. A tied embedding is on the last stage too."""
 
-    def __init__(self, config: ModelConfig, attention: str, recompute: str, tp: TensorParallel, stage: Stage) -> None:
+    def __init__(
+        self, config: ModelConfig, attention: str, recompute: str, tp: TensorParallel, stage: Stage, max_logits: MaxLogits | None
+    ) -> None:
         super().__init__()
         embeds = stage.is_first or (stage.is_last and config.tie_embeddings)
         self.embed_tokens = VocabularyEmbedding(tp.rows(config.vocab_size), config.hidden_size) if embeds else None
-        self.layers = nn.ModuleDict({str(layer): Block(config, attention, tp, recompute) for layer in stage.layers})
+        blocks = {str(layer): Block(config, attention, tp, layer, recompute, max_logits) for layer in stage.layers}
+        self.layers = nn.ModuleDict(blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, partial=tp.shard_tokens) if stage.is_last else None
 
 
@@ -41,6 +45,7 @@ class GPT(nn.Module):
         recompute: activation checkpointing, see ``recomputed``.
         tp: tensor-parallel ranks; None: this rank has all of every matrix.
         stage: the layers of this rank; None: all.
+        max_logits: takes the largest attention logits of every forward pass in training mode; None: they are not computed.
     """
 
     def __init__(
@@ -50,12 +55,14 @@ class GPT(nn.Module):
         recompute: str = "none",
         tp: TensorParallel | None = None,
         stage: Stage | None = None,
+        max_logits: MaxLogits | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.tp = tp or single()
+        self.max_logits = max_logits
         self.stage = stage or whole_model(config.num_layers)
-        self.model = Decoder(config, attention, recompute, self.tp, self.stage)
+        self.model = Decoder(config, attention, recompute, self.tp, self.stage, max_logits)
         has_head = self.stage.is_last and not config.tie_embeddings
         self.lm_head = ColumnLinear(config.hidden_size, self.tp.rows(config.vocab_size)) if has_head else None
 

@@ -1,8 +1,10 @@
 """Where methods that change gradients or updates hook into the optimizer."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from megatron_ext.optim.ownership import OwnedBox
 
 
 class UpdateExtension(Protocol):
@@ -18,3 +20,16 @@ class UpdateExtension(Protocol):
 
     def on_update(self, name: str, before: Tensor, after: Tensor) -> None:
         """After the rule and weight decay: the parameter ``before`` the step, and ``after`` it, to be changed."""
+
+
+class Constraint(Protocol):
+    """Holds parameters within limits, after every update; of parts of any shape."""
+
+    def prepare(self) -> None:
+        """All ranks call it once a step, before the parts."""
+
+    def apply(self, part: OwnedBox, master: Tensor) -> None:
+        """Change ``master``, the values of ``part``, in place."""
+
+    def records(self) -> dict[str, Any]:
+        """What the metrics say about the last step, on every rank."""

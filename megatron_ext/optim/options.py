@@ -35,10 +35,6 @@ class MuonOptions:
     tp_mode: Literal["gather", "blockwise"] = "gather"
     """``gather``: matrices divided over tensor-parallel ranks are updated whole. ``blockwise``: each part as if it were a matrix, which
     moves no data and changes the result."""
-    qk_clip: float | None = None
-    """Scale q and k of heads down whose largest attention logit of the step exceeds this (Kimi K2: 100); null: never."""
-    qk_clip_alpha: float = 0.5
-    """Share of that scaling, as an exponent, that q takes; k takes the rest."""
 
     def __post_init__(self) -> None:
         require(
@@ -47,8 +43,6 @@ class MuonOptions:
             (0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and less than 1"),
             (self.ns_steps is None or self.ns_steps >= 1, "ns_steps", self.ns_steps, "at least 1, or null"),
             (0 <= self.beta2 < 1, "beta2", self.beta2, "at least 0 and less than 1"),
-            (self.qk_clip is None or self.qk_clip > 0, "qk_clip", self.qk_clip, "more than 0, or null"),
-            (0 <= self.qk_clip_alpha <= 1, "qk_clip_alpha", self.qk_clip_alpha, "between 0 and 1"),
         )
 
 
@@ -99,6 +93,11 @@ class OptimizerOptions:
     """Of muon and normuon."""
     adamp: AdamPOptions = field(default_factory=AdamPOptions)
     """Of adamp."""
+    qk_clip: float | None = None
+    """Scale q and k of heads down whose largest attention logit of the step exceeds this (Kimi K2, arXiv:2507.20534: 100); null: never.
+    The logits are computed once more for it."""
+    qk_clip_alpha: float = 0.5
+    """Share of that scaling, as an exponent, that q takes; k takes the rest."""
     clip_norm: float = 1.0
     """Largest global gradient norm before the update; 0 switches clipping off."""
     sharding: Literal["whole_tensor", "zero1", "zero2", "zero3"] = "whole_tensor"
@@ -124,6 +123,14 @@ class OptimizerOptions:
             (all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers, each at least 0 and less than 1"),
             (self.eps > 0, "eps", self.eps, "more than 0"),
             (self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0"),
+            (self.qk_clip is None or self.qk_clip > 0, "qk_clip", self.qk_clip, "more than 0, or null"),
+            (
+                self.qk_clip is None or self.sharding == "whole_tensor",
+                "qk_clip",
+                self.qk_clip,
+                "null with ZeRO, which has no rows to scale",
+            ),
+            (0 <= self.qk_clip_alpha <= 1, "qk_clip_alpha", self.qk_clip_alpha, "between 0 and 1"),
             (self.clip_norm >= 0, "clip_norm", self.clip_norm, "at least 0; 0 switches clipping off"),
             (
                 self.sharding == "whole_tensor" or not self.rules,

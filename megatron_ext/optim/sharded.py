@@ -7,11 +7,12 @@ of one flat buffer, so that rules and checkpoints see tensors by name.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from megatron_ext.errors import CheckpointError
-from megatron_ext.optim.extension import UpdateExtension
+from megatron_ext.optim.extension import Constraint, UpdateExtension
 from megatron_ext.optim.main_gradients import main_dtype
 from megatron_ext.optim.matrix_exchange import MatrixExchange
 from megatron_ext.optim.ownership import OwnedBox, assign, buckets, local
@@ -50,6 +51,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         clip_norm: largest global gradient norm; 0: no clipping.
         overlap: send gradients while the last backward pass still computes others.
         extensions: change gradients before the rule and updates after it; with any, parameters are owned whole.
+        constraint: changes parameters after every update.
 
     Attributes:
         owned: what this rank updates.
@@ -68,6 +70,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         clip_norm: float,
         overlap: bool = True,
         extensions: Sequence[UpdateExtension] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         self._parameters = dict(parameters)
         super().__init__([{"params": list(self._parameters.values()), "lr": 0.0}], {})
@@ -75,6 +78,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._grid = grid
         self._clip_norm = clip_norm
         self._extensions = extensions
+        self._constraint = constraint
         self._rule_of = {name: replace(rule, share="part") if extensions and rule.share == "rows" else rule for name, rule in rules.items()}
         parts = assign(placements, self._rule_of, grid.dp.size, grid.tp.size)
         dtypes = {name: main_dtype(parameter.dtype) for name, parameter in self._parameters.items()}
@@ -105,12 +109,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Matrices that the rules of this rank orthogonalized in the last step."""
         return sum(getattr(rule, "orthogonalizations", 0) for rule in self.rules.values())
 
+    def records(self) -> dict[str, Any]:
+        """What the metrics say about the last step beside the attributes, on every rank."""
+        return {} if self._constraint is None else self._constraint.records()
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update from the gradients accumulated since the last; skipped on every rank if their global norm is not finite."""
         self._reduced = dict(self._reduction.finish())
         self._sum_replicas()
         self._extend_gradients()
+        if self._constraint is not None:
+            self._constraint.prepare()
         self.grad_norm = self._global_norm()
         self.overflow = not math.isfinite(self.grad_norm)
         if not self.overflow:
@@ -200,6 +210,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for extension in self._extensions:
             for owned, old in zip(self.owned, before, strict=True):
                 extension.on_update(owned.part.name, old, owned.master)
+        if self._constraint is not None:
+            for owned in self.owned:
+                self._constraint.apply(owned.part, owned.master)
         self.publish()
 
     def _hand_gradients_over(self) -> None:

@@ -6,7 +6,7 @@ ring-flash-attention, github.com/zhuzilin/ring-flash-attention): with equal chun
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,13 @@ from megatron_ext.parallel.group import Group
 
 Chunks = Sequence[Sequence[int]]
 """For every document of a pack the lengths of its 2R chunks, in tokens, in the order of the document."""
+Observe = Callable[[Tensor, Tensor, bool], None]
+"""Given some queries, the keys that they see, and whether key i is seen from query i on instead of by all."""
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, ring: Group, *, backend: str | None = None) -> Tensor:
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, ring: Group, *, backend: str | None = None, observe: Observe | None = None
+) -> Tensor:
     """Causal softmax attention of each document over itself, scores scaled by 1/sqrt(D), its tokens divided over a ring of R ranks.
 
     Rank j holds of every document, in order, chunk j followed by chunk 2R-1-j: T = sum of the two lengths over the documents. Any length
@@ -38,6 +42,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, ring: Group,
         chunks: lengths of the 2R chunks of every document, the same on all ranks.
         ring: the R ranks, in the order of the ring.
         backend: of ``chunk_attention``, None meaning ``auto``.
+        observe: called forward with all parts of q and of the passing keys that meet, while the next keys travel.
 
     Returns:
         [T, H, D] in ``q``'s dtype. Partial results are merged, and gradients of keys and values summed, in float32 or wider.
@@ -48,7 +53,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, ring: Group,
     assert all(len(lengths) == 2 * ring.size for lengths in chunks), "2R chunks a document"
     assert len(q) == len(k) == len(v) == _tokens(chunks, ring.rank), "the tokens of this rank's chunks"
     chosen = select_backend(backend or "auto", q.device, q.dtype, q.shape[-1])
-    return _RingAttention.apply(q, k, v, chunks, ring, chosen)
+    return _RingAttention.apply(q, k, v, chunks, ring, chosen, observe)
 
 
 def visible_rows(chunks: Chunks, rank: int, source: int) -> Iterator[tuple[slice, slice, bool]]:
@@ -73,7 +78,7 @@ class _RingAttention(torch.autograd.Function):
     """The rows of ``out`` that this rank holds; keeps q, k, v, the result and its lse for backward, whatever R is."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, ring: Group, backend: str) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, ring: Group, backend: str, observe: Observe | None) -> Tensor:
         kv = torch.stack((k, v))
         merged = q.new_zeros(q.shape, dtype=torch.promote_types(q.dtype, torch.float32))
         lse = merged.new_full((q.shape[1], len(q)), float("-inf"))
@@ -81,6 +86,8 @@ class _RingAttention(torch.autograd.Function):
             for rows, columns, causal in visible_rows(chunks, ring.rank, source):
                 part = chunk_attention(q[rows], keys[columns], values[columns], causal, backend=backend)
                 _merge(merged[rows], lse[:, rows], *part)
+                if observe is not None:
+                    observe(q[rows], keys[columns], causal)
         out = merged.to(q.dtype)
         ctx.save_for_backward(q, kv, out, lse)
         ctx.chunks, ctx.ring, ctx.backend = chunks, ring, backend
@@ -108,7 +115,7 @@ class _RingAttention(torch.autograd.Function):
                 arriving = _rotate(grad_kv, source, chunks, ring)
         _add(own, arriving, ring)
         grad_k, grad_v = own.to(kv.dtype)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None
 
 
 _Arriving = tuple[Tensor, list[dist.Work]]

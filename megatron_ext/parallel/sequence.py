@@ -59,6 +59,13 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, sharing: Sharing | None, a
     return _HeadsToTokens.apply(sharing, heads, attend(q, k, v))
 
 
+def attended_heads(query_heads: int, kv_heads: int, sharing: Sharing | None) -> range:
+    """Which of the query heads that ``shared_attention`` is given ``attend`` is given on this rank."""
+    if sharing is None or sharing.heads.size == 1:
+        return range(query_heads)
+    return divide_heads(query_heads, kv_heads, sharing.heads.size).queries[sharing.heads.rank]
+
+
 @dataclass(frozen=True)
 class HeadRanges:
     """The heads of each rank."""

@@ -40,6 +40,14 @@ class World:
             dist.all_reduce(values)
         return values.cpu()
 
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Largest values of a small tensor over all ranks, on the CPU in float64."""
+        values = values.to(self.device, torch.float64)
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.cpu()
+
     def any(self, flag: bool) -> bool:
         """True on every rank if ``flag`` is true on one."""
         return bool(self.sum(torch.tensor([float(flag)])) > 0)

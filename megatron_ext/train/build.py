@@ -19,9 +19,11 @@ from megatron_ext.kernels.varlen_attention import select_backend
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.model.init import initialize_parameter
+from megatron_ext.model.max_logits import MaxLogits
 from megatron_ext.model.parallel_limits import check_divides
 from megatron_ext.model.placements import placements
 from megatron_ext.optim.options import OptimizerOptions, RuleName
+from megatron_ext.optim.qk_clip import QKClip
 from megatron_ext.optim.routing import route
 from megatron_ext.optim.rules import build_rules
 from megatron_ext.optim.sharded import ShardedOptimizer
@@ -32,6 +34,7 @@ from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from megatron_ext.train.engine import Engine, owner_engine, zero_engine
 from megatron_ext.train.layer_times import measure_layers
+from megatron_ext.train.logit_clip import LogitClip
 from megatron_ext.train.sources import build_mixture
 from megatron_ext.train.zero import partitioned, set_weights
 
@@ -90,6 +93,8 @@ def prepare(config: RunConfig) -> Setup:
     mixture = build_mixture(config)
     validation = validation_sets(config.data, mixture.corpora, config.evaluation.tokens)
     check_divides(model, config.parallel)
+    if config.optimizer.qk_clip is not None and model.qk_norm:
+        raise ConfigError(f"optimizer.qk_clip is {config.optimizer.qk_clip}; accepted is null with model.qk_norm, which bounds the logits")
     routes = route(parameter_shapes(model), config.optimizer)
     setup = Setup(config, model, Path(tokenizer_dir) if tokenizer_dir else None, tokenizer, mixture, validation, routes)
     mixture.check_epochs(setup.token_budget)
@@ -138,9 +143,10 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
     attention, why_attention = select_backend(config.model.attention, device, dtype, setup.model.head_dim)
     layers, why_layers = layers_per_stage(setup, grid)
     tp = TensorParallel(grid.tp, config.parallel.sequence_parallel_activations)
+    max_logits = None if config.optimizer.qk_clip is None else MaxLogits(setup.model, device)
 
     def make() -> GPT:
-        return GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage])
+        return GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage], max_logits)
 
     if config.optimizer.sharding == "zero3":
         model = partitioned(make, grid, dtype)
@@ -223,5 +229,20 @@ def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid, shares_pa
     rules = build_rules(options, where, grid.tp, model.config.head_dim)
     routes = route(parameter_shapes(model.config), options)
     return ShardedOptimizer(
-        dict(model.named_parameters()), where, {name: rules[routes[name]] for name in where}, grid, options.clip_norm, overlap
+        dict(model.named_parameters()),
+        where,
+        {name: rules[routes[name]] for name in where},
+        grid,
+        options.clip_norm,
+        overlap,
+        constraint=_logit_clip(model, options, grid),
     )
+
+
+def _logit_clip(model: GPT, options: OptimizerOptions, grid: Grid) -> LogitClip | None:
+    if options.qk_clip is None:
+        return None
+    assert model.max_logits is not None, "the model was built for these options"
+    shape = model.config
+    clip = QKClip(options.qk_clip, options.qk_clip_alpha, shape.head_dim, shape.num_heads, shape.num_kv_heads)
+    return LogitClip(clip, model.max_logits, grid.world)

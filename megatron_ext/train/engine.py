@@ -76,6 +76,8 @@ class StepOptimizer(SavedOptimizer, Protocol):
 
     def check_replicas(self) -> None: ...
 
+    def records(self) -> dict[str, Any]: ...
+
 
 class Engine:
     """Trains a model by packs.

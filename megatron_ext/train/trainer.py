@@ -185,7 +185,8 @@ class Trainer:
     def _rule_records(self, factor: float, result: StepResult) -> dict[str, Any]:
         """Of each rule beside adamw: its learning rate; and how many matrices were orthogonalized."""
         rates = {name: factor * self.config.optimizer.base_lr(name) for name in sorted(self.config.optimizer.rules)}
-        return {"lr_by_rule": rates, "orthogonalizations": result.orthogonalizations} if rates else {}
+        rules = {"lr_by_rule": rates, "orthogonalizations": result.orthogonalizations} if rates else {}
+        return rules | self.optimizer.records()
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

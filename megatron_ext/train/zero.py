@@ -100,6 +100,10 @@ class ZeroOptimizer:
 
     orthogonalizations = 0
 
+    def records(self) -> dict[str, Any]:
+        """See ``ShardedOptimizer``."""
+        return {}
+
     def set_learning_rate_factor(self, factor: float) -> None:
         """Learning rate of the next step, relative to the base rate."""
         for group in self._rule.param_groups:

@@ -130,3 +130,44 @@ def test_bfloat16_keeps_momentum_in_float32(run_ranks: RankPools, tmp_path: Path
     run_ranks(2, train, config, ["parallel.tp=2"])
     state = master_weights(checkpoint(tmp_path, 2))
     assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+CLIPPED = {**OPTIONS, "optimizer__rule": "muon", "optimizer__qk_clip": 0.02, "model__init_std": 0.2}
+GRIDS = [
+    (2, ["parallel.tp=2"]),
+    (4, ["parallel.tp=4", "train.activation_checkpointing=full"]),
+    (2, ["parallel.pp=2"]),
+    (2, ["planning.policy=static", "planning.degree=2"]),
+]
+
+
+@pytest.fixture(scope="module")
+def clipped(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Steps of one process."""
+    folder = tmp_path_factory.mktemp("clipped")
+    run_ranks(1, train, write_run(folder, **CLIPPED))
+    return records(folder / "run", "train")
+
+
+@pytest.mark.parametrize(("ranks", "grid"), GRIDS, ids=["tp2", "tp4", "pp2", "block2"])
+def test_qk_clip_is_that_of_one_process(
+    run_ranks: RankPools, tmp_path: Path, clipped: list[dict[str, Any]], ranks: int, grid: list[str]
+) -> None:
+    run_ranks(ranks, train, write_run(tmp_path, **CLIPPED), grid)
+    for mine, expected in zip(records(tmp_path / "run", "train"), clipped, strict=True):
+        assert [mine[key] for key in ("loss", "max_logit")] == pytest.approx([expected[key] for key in ("loss", "max_logit")], rel=1e-6)
+        assert mine["clipped_heads"] == expected["clipped_heads"]
+
+
+def test_qk_clip_bounds_the_logits(run_ranks: RankPools, tmp_path: Path, clipped: list[dict[str, Any]]) -> None:
+    run_ranks(1, train, write_run(tmp_path, **{**CLIPPED, "optimizer__qk_clip": 1e9}))
+    free = records(tmp_path / "run", "train")
+    assert clipped[0]["max_logit"] == free[0]["max_logit"] > 0.1 and clipped[0]["clipped_heads"] > 0
+    assert {record["clipped_heads"] for record in free} == {0}
+    assert clipped[-1]["max_logit"] < 0.5 * free[-1]["max_logit"]
+    assert clipped[-1]["loss"] != free[-1]["loss"]
+
+
+def test_qk_clip_is_refused_where_norms_bound_the_logits(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.qk_clip is 100\.0; accepted is null with model\.qk_norm"):
+        prepare(loaded(tmp_path, "optimizer.qk_clip=100.0", "model.qk_norm=true"))
