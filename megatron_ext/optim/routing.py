@@ -64,7 +64,7 @@ class RouteSummary:
     """Names with numbers of layers replaced by ``*``, each once."""
 
     def __str__(self) -> str:
-        more = f" and {len(self.examples) - 3} more kinds" if len(self.examples) > 3 else ""
+        more = f" and {len(self.examples) - 3} more" if len(self.examples) > 3 else ""
         return f"{self.tensors} tensors, {self.parameters:,} parameters: {', '.join(self.examples[:3])}{more}"
 
 

@@ -69,4 +69,4 @@ def test_the_table_says_what_each_rule_got() -> None:
     assert muon.parameters + adamw.parameters == MODEL.num_parameters()
     assert muon.examples[0] == "model.layers.*.self_attn.q_proj.weight" and len(muon.examples) == 7
     assert str(muon).startswith(f"84 tensors, {hidden:,} parameters: model.layers.*.self_attn.q_proj.weight, ")
-    assert str(muon).endswith("v_proj.weight and 4 more kinds")
+    assert str(muon).endswith("v_proj.weight and 4 more")
