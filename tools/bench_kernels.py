@@ -10,16 +10,24 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from bench_memory import bandwidths, print_bandwidths, write_csv
 from bench_ranks import print_ratios
 from rich.progress import track
 from torch import Tensor
 
 from megatron_ext.parallel.device import DTYPES, choose_dtype, describe, local_device, synchronize
 
-KERNELS = {"adamp": "bench_adamp", "max_logits": "bench_max_logits", "newton_schulz": "bench_newton_schulz"}
+KERNELS = {
+    "adamp": "bench_adamp",
+    "hadamard": "bench_hadamard",
+    "max_logits": "bench_max_logits",
+    "newton_schulz": "bench_newton_schulz",
+    "nvfp4_quantize": "bench_nvfp4_quantize",
+}
 """Modules that have ``cases(options)``, by name of the kernel."""
 SEED = 0
 
@@ -44,6 +52,8 @@ class Case:
 
     title: str
     ways: dict[str, Callable[[], Sequence[Tensor]]]
+    moved: dict[str, float] = field(default_factory=dict)
+    """Of kernels that mostly move memory: the bytes of each way. They are compared with a copy by bytes a second, and not by results."""
 
 
 Benchmark = Callable[[Options], Iterator[Case]]
@@ -67,16 +77,27 @@ def measure(case: Case, rounds: int, device: torch.device) -> dict[str, list[flo
     return seconds
 
 
+def report_bandwidths(case: Case, rounds: int, device: torch.device, csv: Path | None) -> None:
+    """Print GB/s of the ways of a case and the fractions of a copy's; append them to ``csv``."""
+    for way in case.ways.values():
+        way()  # what the first call builds is not timed
+    rows = bandwidths(measure(case, rounds, device), case.moved)
+    print_bandwidths(f"{case.title} on {describe(device)}", rows)
+    if csv is not None:
+        write_csv(csv, case.title, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
-    parser.add_argument("--scale", type=int, default=8, help="divides the widths of a Llama of 7 billion parameters")
+    parser.add_argument("--scale", type=int, default=8, help="divides the widths of the model")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of iterative kernels")
     parser.add_argument(
         "--dtypes", nargs="+", choices=["auto", *DTYPES, "float16"], default=["float32", "auto"], help="auto: what is fast here"
     )
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--csv", type=Path, help="append GB/s of kernels that mostly move memory to this file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -87,6 +108,9 @@ def main() -> None:
         for dtype in dict.fromkeys(named.values()):
             torch.manual_seed(SEED)
             for case in benchmark(Options(device, dtype, arguments.scale, arguments.layers, arguments.steps)):
+                if case.moved:
+                    report_bandwidths(case, arguments.rounds, device, arguments.csv)
+                    continue
                 first, *others = case.ways
                 expected = case.ways[first]()
                 for name in others:

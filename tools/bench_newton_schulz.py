@@ -1,4 +1,7 @@
-"""Orthogonalization of a Llama's matrices: beside torch.optim.Muon's, with the same coefficients, steps and dtype."""
+"""Orthogonalization of the matrices of a Llama of a billion parameters (Llama 3.2 1B), beside torch.optim.Muon's.
+
+With the same coefficients, steps and dtype.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,13 +12,14 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from megatron_ext.kernels.newton_schulz import JORDAN, newton_schulz, select_backend
 
-WIDTH, HIDDEN = 4096, 11008
+WIDTH, KEYS, HIDDEN = 2048, 512, 8192
 
 
 def cases(options: Options) -> Iterator[Case]:
     """All matrices of all layers: q, k, v, o; gate, up; down."""
-    width, hidden, steps = WIDTH // options.scale, HIDDEN // options.scale, options.steps or 5
-    shapes = [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)]
+    steps = options.steps or 5
+    width, keys, hidden = (size // options.scale for size in (WIDTH, KEYS, HIDDEN))
+    shapes = [(width, width)] * 2 + [(keys, width)] * 2 + [(hidden, width)] * 2 + [(width, hidden)]
     matrices = [torch.randn(shape, device=options.device) for _ in range(options.layers) for shape in shapes]
     name, why = select_backend("auto", options.device, options.dtype)
     ways: dict[str, Callable[[], Sequence[Tensor]]] = {"torch.optim.Muon": lambda: [torchs(m, options.dtype, steps) for m in matrices]}
@@ -23,7 +27,7 @@ def cases(options: Options) -> Iterator[Case]:
         for method in ("standard", "gram", "auto"):
             ways[f"{method}, {backend}"] = lambda method=method, backend=backend: ours(matrices, options.dtype, steps, method, backend)
     dtype = str(options.dtype).removeprefix("torch.")
-    yield Case(f"newton_schulz, {len(matrices)} matrices of {width} and {hidden}, {steps} steps, {dtype}, {name} ({why})", ways)
+    yield Case(f"newton_schulz, {len(matrices)} matrices of {width}, {keys} and {hidden}, {steps} steps, {dtype}, {name} ({why})", ways)
 
 
 def ours(matrices: Sequence[Tensor], dtype: torch.dtype, steps: int, method: str, backend: str) -> list[Tensor]:
