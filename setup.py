@@ -14,20 +14,22 @@ VERSION = next(
 class BuildKernels(Command):
     """python setup.py build_kernels: build all kernels of csrc/ now, rather than each when it is first used."""
 
-    description = "build the C++ kernels into the cache that megatron_ext reads"
-    user_options = []
+    description = "build the C++ kernels, and the CUDA kernels where nvcc is installed, into the cache that megatron_ext reads"
+    user_options = [("architectures=", None, "of GPUs, as 80,90a; default: those present, or else 80,90a,100a")]
 
     def initialize_options(self) -> None:
-        """No options."""
+        """For the GPUs that are present."""
+        self.architectures = ""
 
     def finalize_options(self) -> None:
-        """No options."""
+        """Split the list."""
+        self.architectures = [name for name in self.architectures.split(",") if name]
 
     def run(self) -> None:
         """Build what is not built and say where everything lies."""
         from megatron_ext.kernels.build import build_all
 
-        for library in build_all():
+        for library in build_all(architectures=self.architectures):
             print(library)
 
 
@@ -70,6 +72,7 @@ setup(
             "hypothesis>=6,<7",
             "megatron-core>=0.13,<0.17",
             "adamp>=0.3,<0.4",
+            "ml_dtypes>=0.5,<1",
             "triton>=3.3,<4; platform_system == 'Linux'",
             "ruff>=0.9,<1",
         ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.kernels import build
-from megatron_ext.kernels.build import KernelBuildError, build_all, build_library, load_library
+from megatron_ext.kernels.build import KernelBuildError, build_all, build_cuda_library, build_library, load_library
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
@@ -135,6 +135,32 @@ def test_unknown_kernel_is_named(sources: Path) -> None:
 def test_build_all_builds_every_source(sources: Path, tmp_path: Path) -> None:
     (sources / "cpu/other.cpp").write_text(SOURCE)
     assert [path.name.split("-")[0] for path in build_all(sources, tmp_path / "cache")] == ["other", "tiny"]
+
+
+def test_cuda_kernels_are_built_for_each_architecture(sources: Path, tmp_path: Path) -> None:
+    if build.find_nvcc() is None:
+        pytest.skip("nvcc is neither on the path nor in /usr/local/cuda")
+    (sources / "cuda").mkdir()
+    (sources / "cuda/tiny.cu").write_text(SOURCE.replace("extern", "__global__ void nothing() {}\nextern"))
+    library = build_cuda_library("tiny", "80", sources, tmp_path / "cache")
+    assert library.name.startswith("tiny-sm_80-") and library == build_cuda_library("tiny", "80", sources, tmp_path / "cache")
+    names = [path.name.rsplit("-", 1)[0] for path in build_all(sources, tmp_path / "cache", ["80", "90a"])]
+    assert names == ["tiny", "tiny-sm_80", "tiny-sm_90a"]
+    (sources / "cuda/tiny.cu").write_text("__global__ void nothing() { undeclared_thing; }\n")
+    with pytest.raises(KernelBuildError, match=r"(?s)building kernel tiny failed.*undeclared_thing"):
+        build_cuda_library("tiny", "80", sources, tmp_path / "cache")
+
+
+def test_without_nvcc_cuda_kernels_are_left_out_and_that_is_said(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    (sources / "cuda").mkdir()
+    (sources / "cuda/tiny.cu").write_text(SOURCE)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert [path.name.split("-")[0] for path in build_all(sources, tmp_path / "cache")] == ["tiny"]
+    assert "no nvcc on the path: the 1 kernels for CUDA are not built" in capfd.readouterr().err
+    with pytest.raises(KernelBuildError, match="for CUDA needs nvcc"):
+        build_cuda_library("tiny", "80", sources, tmp_path / "cache")
 
 
 def test_kernels_of_the_package_are_found_and_loaded_once() -> None:

@@ -1,0 +1,91 @@
+// Floating-point numbers of 4 and 8 bits: E2M1, E4M3, E5M2 and the scale format E8M0 (OCP Microscaling Formats 1.0 and OFP8 1.0).
+//
+// Encoding rounds to nearest, ties to even, and saturates: what is beyond the largest finite number, infinity included, becomes that
+// number. NaN becomes 0x7f in the 8-bit formats and +6 in E2M1, which has none; its sign is dropped, because devices differ in it.
+
+#pragma once
+
+#include "host_device.h"
+
+// EXPONENT and MANTISSA are numbers of bits, LARGEST the bits of the largest finite number as float, NOT_A_NUMBER the code of NaN.
+template <int EXPONENT, int MANTISSA, int32_t LARGEST, int32_t NOT_A_NUMBER>
+struct MiniFloat {
+    static constexpr int BIAS = (1 << (EXPONENT - 1)) - 1;
+    static constexpr int DROPPED = 23 - MANTISSA;                   // bits of a float's mantissa that are rounded away
+    static constexpr int32_t SMALLEST_NORMAL = (128 - BIAS) << 23;  // as float: 2^(1 - BIAS)
+    static constexpr int SIGN = EXPONENT + MANTISSA;
+
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> clamped(Float x) {
+        return smaller(magnitude_of(x), all<IntOf<Float>>(LARGEST));
+    }
+
+    // Exponent of the binade of a magnitude, in place; that of subnormal codes counts as the smallest one.
+    template <typename Int>
+    static HOST_DEVICE_MEMBER Int binade(Int magnitude) {
+        return larger(magnitude & INFINITE, all<Int>(SMALLEST_NORMAL));
+    }
+
+    // The code of the number of x's sign that is `steps` quanta of its binade.
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> code(Float x, IntOf<Float> binade, IntOf<Float> steps) {
+        const IntOf<Float> magnitude = steps + ((binade - SMALLEST_NORMAL) >> DROPPED);
+        const IntOf<Float> sign = (bits_of(x) >> (31 - SIGN)) & (1 << SIGN);
+        return magnitude_of(x) > INFINITE ? all<IntOf<Float>>(NOT_A_NUMBER) : (magnitude | sign);
+    }
+
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> encode(Float x) {
+        const IntOf<Float> magnitude = clamped(x), exponent = binade(magnitude);
+        // A float of this exponent has the spacing of the codes, so that adding it rounds, and leaves the steps in the last bits.
+        const IntOf<Float> grid = exponent + (DROPPED << 23);
+        return code(x, exponent, bits_of<Float>(float_of<Float>(magnitude) + float_of<Float>(grid)) - grid);
+    }
+
+    // Up with the probability of the distance to the number below, in steps of 1/256: `random` is one of 0...255. Numbers of the format
+    // stay. The comparison is exact: with f the distance, f + (random + 1/2) / 256 >= 1.
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> encode_stochastic(Float x, IntOf<Float> random) {
+        const IntOf<Float> magnitude = clamped(x), exponent = binade(magnitude);
+        const Float quanta = float_of<Float>(magnitude) * float_of<Float>(((254 + MANTISSA) << 23) - exponent);
+        const IntOf<Float> below = Lanes<Float>::to_int(quanta);
+        const Float distance = quanta - Lanes<Float>::to_float(below);
+        const IntOf<Float> up = distance * 256.0f >= 255.5f - Lanes<Float>::to_float(random) ? all<IntOf<Float>>(1) : all<IntOf<Float>>(0);
+        return code(x, exponent, below + up);
+    }
+
+    // Of the code of a finite number.
+    template <typename Float>
+    static HOST_DEVICE_MEMBER Float decode(IntOf<Float> code) {
+        using Int = IntOf<Float>;
+        const Int magnitude = code & ((1 << SIGN) - 1);
+        const Float normal = float_of<Float>((magnitude << DROPPED) + ((127 - BIAS) << 23));
+        const Float subnormal = Lanes<Float>::to_float(magnitude) * float_of<float>((128 - BIAS - MANTISSA) << 23);
+        const Float x = magnitude >= (1 << MANTISSA) ? normal : subnormal;
+        return float_of<Float>(bits_of(x) | ((code >> SIGN & 1) << 31));
+    }
+};
+
+using E2M1 = MiniFloat<2, 1, 0x40c00000, 0x07>;  // 6
+using E4M3 = MiniFloat<4, 3, 0x43e00000, 0x7f>;  // 448
+using E5M2 = MiniFloat<5, 2, 0x47600000, 0x7f>;  // 57344
+
+HOST_DEVICE float quiet_nan() { return float_of<float>(0x7fc00000); }
+
+HOST_DEVICE float decode_e4m3(int32_t code) { return (code & 0x7f) == 0x7f ? quiet_nan() : E4M3::decode<float>(code); }
+
+HOST_DEVICE float decode_e5m2(int32_t code) {
+    const float infinity = float_of<float>(code & 0x80 ? INT32_MIN | INFINITE : INFINITE);
+    return (code & 0x7f) < 0x7c ? E5M2::decode<float>(code) : (code & 0x7f) == 0x7c ? infinity : quiet_nan();
+}
+
+// Powers of two from 2^-127 (0) to 2^127 (254); 255 is NaN. Rounds |x| up and saturates, zero included, as NVIDIA's cvt.rp.satfinite.
+template <typename Float>
+HOST_DEVICE IntOf<Float> encode_e8m0(Float x) {
+    using Int = IntOf<Float>;
+    const Int magnitude = smaller(magnitude_of(x), all<Int>(INFINITE));
+    const Int rounded = magnitude < 0x00800000 ? (magnitude + 0x003fffff) >> 23 : (magnitude + 0x007fffff) >> 23;
+    return magnitude_of(x) > INFINITE ? all<Int>(255) : smaller(rounded, all<Int>(254));
+}
+
+HOST_DEVICE float decode_e8m0(int32_t code) { return code == 255 ? quiet_nan() : float_of<float>(code ? code << 23 : 0x00400000); }
