@@ -20,19 +20,7 @@ command -v nvidia-smi >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 begin=$SECONDS
 mkdir -p "$out"
 
-say "two corpora from Python's standard library: prose (documentation) and code (sources without it)"
-python examples/build_corpus.py --output "$out/corpus"
-
-say "tokenizer and tokens"
-if [ ! -f "$out/tokenizer/tokenizer.json" ]; then
-    python tools/train_tokenizer.py --input "$out/corpus/prose.train.jsonl" "$out/corpus/code.train.jsonl" --vocab-size 2048 --output "$out/tokenizer"
-fi
-for domain in prose code; do
-    for split in train valid; do
-        python tools/preprocess_data.py --input "$out/corpus/$domain.$split.jsonl" --tokenizer "$out/tokenizer" \
-            --output "$out/data/$domain.$split" --workers 2
-    done
-done
+bash examples/prepare_corpus.sh "$out"
 
 train() {
     name=$1

@@ -22,9 +22,9 @@ def loss(value: float | None) -> str:
     return "n/a" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def percent(value: float | None) -> str:
-    """A change in percent with its sign, to one decimal."""
-    return "n/a" if value is None or not math.isfinite(value) else f"{value:+.1f} %"
+def percent(value: float | None, decimals: int = 1) -> str:
+    """A change in percent with its sign."""
+    return "n/a" if value is None or not math.isfinite(value) else f"{value:+.{decimals}f} %"
 
 
 def share(value: float) -> str:

@@ -12,10 +12,9 @@ from megatron_ext.report.canvas import SERIES
 from megatron_ext.report.figures import all_figures, forgetting_curve
 from megatron_ext.report.gantt import plan_timeline
 from megatron_ext.report.html import Html, element, number_cell, table
+from megatron_ext.report.layout import document, figure_element, swatch
 from megatron_ext.report.metrics import Run
-from megatron_ext.report.phase_axes import Figure
 from megatron_ext.report.plans import sharing
-from megatron_ext.report.style import PAGE_CSS
 from megatron_ext.report.summary import Phase, SourceResult, arrange, chain_of, headline, results, source_order
 
 
@@ -34,31 +33,24 @@ def render(phases: Sequence[Phase]) -> str:
     """The page as text."""
     title = " \u2192 ".join(phase.label for phase in chain_of(phases))
     forgetting = forgetting_curve(phases)
-    head = element(
-        "head",
-        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-        element("title", f"{title} \u00b7 training report"),
-        element("style", Html(PAGE_CSS)),
-    )
-    body = element(
-        "body",
+    return document(
+        f"{title} \u00b7 training report",
         element("header", element("h1", title), element("p", _when_and_where(phases), class_="muted")),
         element("p", headline(phases), class_="headline"),
         _tiles(phases),
         element("h2", "How the loss moved"),
-        _figure(forgetting) if forgetting else element("p", "No source was evaluated in these runs.", class_="muted"),
+        figure_element(forgetting) if forgetting else element("p", "No source was evaluated in these runs.", class_="muted"),
         element("h2", "Each phase and source"),
         _results_table(phases),
         element("h2", "How training went"),
         element("p", "Where a curve is drawn twice: faint is each step, strong a moving average.", class_="muted"),
-        element("div", *(_figure(figure) for figure in all_figures(phases)), class_="grid"),
+        element("div", *(figure_element(figure) for figure in all_figures(phases)), class_="grid"),
         *_sharing(phases),
         element("h2", "What ran"),
         _phases_table(phases),
         *_notes(phases),
         *(_details(phase) for phase in phases),
     )
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
 def _when_and_where(phases: Sequence[Phase]) -> str:
@@ -110,7 +102,7 @@ def _result_row(row: SourceResult, color: int, begins_phase: bool) -> Html:
         formats.number(row.epochs),
     )
     label = row.phase.label if begins_phase else ""
-    cells = [element("td", label), element("td", _swatch(f"series-{color % SERIES}"), row.name), *map(number_cell, numbers)]
+    cells = [element("td", label), element("td", swatch(f"series-{color % SERIES}"), row.name), *map(number_cell, numbers)]
     return element("tr", *cells, class_=" ".join(classes))
 
 
@@ -123,8 +115,8 @@ def _sharing(phases: Sequence[Phase]) -> list[Html]:
     return [
         element("h2", "How ranks shared packs"),
         element("p", words, class_="muted"),
-        *([_figure(timeline)] if timeline else []),
-        element("div", *(_figure(figure) for figure in plan_figures.curves(phases)), class_="grid"),
+        *([figure_element(timeline)] if timeline else []),
+        element("div", *(figure_element(figure) for figure in plan_figures.curves(phases)), class_="grid"),
     ]
 
 
@@ -156,16 +148,6 @@ def _details(phase: Phase) -> Html:
         element("p", f"{phase.run.directory} \u00b7 {versions}", class_="muted"),
         element("pre", yaml.safe_dump(phase.run.config, sort_keys=False, allow_unicode=True)),
     )
-
-
-def _figure(figure: Figure) -> Html:
-    legend = [element("span", _swatch(color), text) for color, text in figure.legend]
-    words = [element("h3", figure.title), element("figcaption", figure.caption)]
-    return element("figure", *words, *([element("div", *legend, class_="legend")] if legend else []), Html(figure.svg))
-
-
-def _swatch(color: str) -> Html:
-    return element("span", class_="swatch", style=f"background: var(--{color})")
 
 
 def _median(runs: Sequence[Run], column: str) -> float:

@@ -23,6 +23,7 @@ p { margin: 0.25rem 0; }
 .muted, figcaption { color: var(--muted); font-size: 0.875rem; }
 .headline { margin: 1.25rem 0 1.5rem; padding-left: 1rem; border-left: 3px solid var(--series-0); font-size: 1.1875rem; max-width: 48rem;
   overflow-wrap: anywhere; }
+.warning { margin: 0.5rem 0; padding-left: 1rem; border-left: 3px solid var(--series-1); overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.75rem; margin: 0; }
 .tiles div { padding: 0.75rem 1rem; border-radius: 0.5rem; background: var(--band); }
 .tiles dt { color: var(--muted); font-size: 0.8125rem; }
@@ -40,8 +41,9 @@ tr.control td { color: var(--muted); }
 .legend .swatch { border-radius: 0.125rem; margin-right: 0.375rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.75rem 2rem; }
 figure { margin: 0; min-width: 0; }
-figure + .grid { margin-top: 1.75rem; }
+figure + figure, figure + .grid { margin-top: 1.75rem; }
 figure h3 { margin: 0; font-size: 1rem; font-weight: 600; }
+.grid figure { margin-top: 0; }
 figure svg { display: block; width: 100%; height: auto; margin-top: 0.25rem; overflow: visible; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg text { font-variant-numeric: tabular-nums; }
