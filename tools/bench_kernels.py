@@ -23,9 +23,11 @@ from megatron_ext.parallel.device import DTYPES, choose_dtype, describe, local_d
 
 KERNELS = {
     "adamp": "bench_adamp",
+    "fp8_gemm": "bench_fp8_gemm",
     "hadamard": "bench_hadamard",
     "max_logits": "bench_max_logits",
     "newton_schulz": "bench_newton_schulz",
+    "nvfp4_gemm": "bench_nvfp4_gemm",
     "nvfp4_quantize": "bench_nvfp4_quantize",
 }
 """Modules that have ``cases(options)``, by name of the kernel."""
