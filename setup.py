@@ -76,6 +76,6 @@ setup(
             "triton>=3.3,<4; platform_system == 'Linux'",
             "ruff>=0.9,<1",
         ],
-        "cuda": ["flash-attn>=2.7"],
+        "cuda": ["flash-attn>=2.7,<3"],
     },
 )

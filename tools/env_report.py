@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.kernels.accelerators import Accelerator, survey
 from megatron_ext.kernels.varlen_attention import BACKENDS, select_backend
 from megatron_ext.parallel.device import choose_dtype, collective_backend, describe, local_device
 
@@ -41,6 +43,7 @@ def main() -> int:
         "CUDA": cuda(),
         "Packages": packages("megatron_ext"),
         "Compilers": compilers(),
+        "Optional accelerators": accelerators(survey(local_device())),
         "A run would choose": choices(local_device()),
     }
     console = Console(highlight=False)
@@ -132,6 +135,15 @@ def compilers() -> Section:
         "g++": gxx.splitlines()[0] if gxx else "not found: the C++ kernels cannot be built",
         "nvcc": nvcc[0] if nvcc else "not found: the CUDA kernels cannot be built",
     }
+
+
+def accelerators(surveyed: Iterable[Accelerator]) -> Section:
+    """Which of the optional packages are present, what each would serve here if an option asked for it, and why not."""
+    section = {}
+    for each in surveyed:
+        section[each.name] = f"{each.version or 'not installed'}; its adapter is written against {each.written_against}"
+        section |= {f"  {service}": f"cannot: {obstacle}" if obstacle else "can" for service, obstacle in each.services.items()}
+    return section
 
 
 def choices(device: torch.device) -> Section:

@@ -4,15 +4,14 @@
 must agree with it within the error of their dtype.
 """
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.kernels.accelerators import flash_attn
 
 
 def varlen_attention(
@@ -42,15 +41,14 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
 
     ``auto`` is ``varlen`` where it can run and ``sdpa`` elsewhere. Raises ConfigError for an unknown backend and for one that cannot run.
     """
-    obstacles = {candidate: _obstacle(candidate, device, dtype, head_dim) for candidate in BACKENDS}
-    able = [candidate for candidate, obstacle in obstacles.items() if obstacle is None]
     if name == "auto":
-        obstacle = obstacles["varlen"]
+        obstacle = _obstacle("varlen", device, dtype, head_dim)
         return ("varlen", "auto: one kernel for the whole pack") if obstacle is None else ("sdpa", f"auto: varlen {obstacle}")
     if name not in BACKENDS:
         raise ConfigError(f"model.attention is {name!r}; accepted are auto, {', '.join(BACKENDS)}")
-    if obstacles[name] is not None:
-        raise ConfigError(f"model.attention is {name!r}, which {obstacles[name]}; able to run here: {', '.join(able)}")
+    if obstacle := _obstacle(name, device, dtype, head_dim):
+        able = [candidate for candidate in BACKENDS if _obstacle(candidate, device, dtype, head_dim) is None]
+        raise ConfigError(f"model.attention is {name!r}, which {obstacle}; able to run here: {', '.join(able)}")
     return name, "as configured"
 
 
@@ -86,14 +84,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=window, enable_gqa=grouped)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=causal)
-
-
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
-BACKENDS: dict[str, Implementation] = {"dense": _dense, "sdpa": _sdpa, "varlen": _varlen, "flash_attn": _flash_attn}
+BACKENDS: dict[str, Implementation] = {"dense": _dense, "sdpa": _sdpa, "varlen": _varlen, "flash_attn": flash_attn.varlen_attention}
 
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -108,11 +100,4 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int
         return f"needs a head_dim that is a multiple of 8 up to 256, not {head_dim}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
-    if name == "flash_attn" and not _installed("flash_attn"):
-        return "needs the package flash-attn, which is not installed"
-    return None
-
-
-@cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    return flash_attn.obstacle() if name == "flash_attn" else None

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_ext.kernels.accelerators import Accelerator, survey
+
 TOOL = Path(__file__).parents[2] / "tools" / "env_report.py"
 
 
@@ -36,8 +38,8 @@ def test_prints_plain_text_with_the_versions_of_this_environment() -> None:
     done = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split() for line in done.stdout.splitlines()]
-    for title in ("System", "Processor", "CUDA", "Packages", "Compilers"):
-        assert [title] in lines
+    for title in ("System", "Processor", "CUDA", "Packages", "Compilers", "Optional accelerators"):
+        assert title.split() in lines
     for package in ("torch", "deepspeed", "transformers", "numpy"):
         assert [package, importlib.metadata.version(package)] in lines
     assert "\x1b" not in done.stdout
@@ -111,3 +113,23 @@ def test_choices_on_a_cpu_give_reasons(tool: SimpleNamespace) -> None:
     assert section["attention dense"] == "can run"
     for backend in ("varlen", "flash_attn"):
         assert section[f"attention {backend}"].startswith("cannot run: ") and "needs a CUDA device" in section[f"attention {backend}"]
+
+
+def test_accelerators_are_listed_with_what_each_would_serve_and_why_not(tool: SimpleNamespace) -> None:
+    able = Accelerator("fast", "fast 1.0 to 1.2", "1.1", {"attention": None, "norm": "needs more"})
+    absent = Accelerator("other", "other 3", None, {"optimizer": "needs the package other"})
+    assert tool.accelerators([able, absent]) == {
+        "fast": "1.1; its adapter is written against fast 1.0 to 1.2",
+        "  attention": "can",
+        "  norm": "cannot: needs more",
+        "other": "not installed; its adapter is written against other 3",
+        "  optimizer": "cannot: needs the package other",
+    }
+
+
+def test_the_three_accelerators_serve_nothing_on_a_cpu(tool: SimpleNamespace) -> None:
+    section = tool.accelerators(survey(torch.device("cpu")))
+    assert [name for name in section if not name.startswith(" ")] == ["TransformerEngine", "flash-attn", "apex"]
+    served = {name.strip(): value for name, value in section.items() if name.startswith(" ")}
+    assert served["attention"] == served["linear in nvfp4"] == "cannot: needs a CUDA device, not cpu"
+    assert {"AdamW", "RMSNorm", "fp8_gemm, nvfp4_gemm"} < set(served) and all(value.startswith("cannot: ") for value in served.values())
