@@ -1,4 +1,4 @@
-"""FP8 products beside PyTorch's of the same matrices decoded beforehand, by scaling.
+"""FP8 products beside PyTorch's of the same matrices decoded beforehand, first in the type that the emulation multiplies in.
 
 Only ``native`` on a GPU multiplies in 8 bits. Emulated products cost what one in a wider type costs and the decoding on top: they are no
 speed-up.
@@ -10,6 +10,7 @@ import torch
 from bench_kernels import Case, Options
 from torch import Tensor
 
+from megatron_ext.kernels.emulated_mm import operand_dtype
 from megatron_ext.kernels.fp8_gemm import fp8_gemm, select_backend
 from megatron_ext.kernels.quantized import FP8Tensor
 from megatron_ext.kernels.scaled_mm import fp8_obstacle
@@ -28,16 +29,17 @@ def cases(options: Options) -> Iterator[Case]:
     """For ``bench_kernels.py``: the up projection of a Llama of 8 billion parameters, with codes of random numbers and scales of 1."""
     tokens, columns, depth = (size // options.scale for size in (TOKENS, HIDDEN, WIDTH))
     x, w = (torch.randn(rows, depth, device=options.device).to(torch.float8_e4m3fn) for rows in (tokens, columns))
-    left, right = x.to(options.dtype), w.to(options.dtype)
+    library: dict[str, Callable[[], Sequence[Tensor]]] = {}
+    for dtype in dict.fromkeys((operand_dtype(options.device), options.dtype)):
+        left, right = x.to(dtype), w.to(dtype)
+        library[f"PyTorch in {str(dtype).removeprefix('torch.')}"] = lambda left=left, right=right: [left @ right.T]
     for scaling, blocks in SCALINGS.items():
         a, b = (_scaled(codes, *block) for codes, block in zip((x, w), blocks, strict=True))
-        ways: dict[str, Callable[[], Sequence[Tensor]]] = {"PyTorch, decoded before": lambda: [left @ right.T]}
+        ways = dict(library)
         for name in dict.fromkeys(("torch", options.device.type, *(() if fp8_obstacle(a, b) else ("native",)))):
             ways[name] = lambda a=a, b=b, name=name: [fp8_gemm(a, b, out_dtype=options.dtype, backend=name)]
         name, why = select_backend("auto", a, b)
-        dtype = str(options.dtype).removeprefix("torch.")
-        title = f"fp8_gemm of {tokens} x {columns} over {depth}, {scaling}, {dtype}"
-        yield Case(f"{title}: {name} ({why}; what is emulated is no speed-up)", ways)
+        yield Case(f"fp8_gemm of {tokens} x {columns} over {depth}, {scaling}: {name} ({why}; what is emulated is no speed-up)", ways)
 
 
 def _scaled(codes: Tensor, height: int | None, width: int | None) -> FP8Tensor:

@@ -24,6 +24,7 @@ from megatron_ext.parallel.device import DTYPES, choose_dtype, describe, local_d
 KERNELS = {
     "adamp": "bench_adamp",
     "fp8_gemm": "bench_fp8_gemm",
+    "fp8_quantize": "bench_fp8_quantize",
     "hadamard": "bench_hadamard",
     "max_logits": "bench_max_logits",
     "newton_schulz": "bench_newton_schulz",

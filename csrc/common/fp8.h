@@ -7,19 +7,30 @@
 namespace fp8 {
 
 // By what values are multiplied before they are rounded: `largest` of the format / amax, 1 for an amax that is 0, infinite or NaN.
-HOST_DEVICE float encoding_factor(float amax, float largest, bool power_of_two) {
-    const bool usable = amax > 0.0f && amax <= LARGEST_FLOAT;
-    const float factor = finite(largest / (usable ? amax : largest));
-    return power_of_two ? float_of<float>(bits_of(factor) & INFINITE) : factor;
+template <typename Float>
+HOST_DEVICE Float encoding_factor(Float amax, float largest, bool power_of_two) {
+    const Float usable = (amax > 0.0f) & (amax <= LARGEST_FLOAT) ? amax : all<Float>(largest);
+    const Float factor = finite(largest / usable);
+    return power_of_two ? float_of<Float>(bits_of(factor) & INFINITE) : factor;
+}
+
+// By what codes are multiplied to get back; infinite or NaN for such an amax.
+template <typename Float>
+HOST_DEVICE Float decoding_scale(Float amax, Float encoding_factor) {
+    return magnitude_of(amax) >= INFINITE ? amax : 1.0f / encoding_factor;
 }
 
 // The E8M0 code of a block: amax / `largest`, rounded up so that nothing saturates. NaN for an amax of NaN.
-HOST_DEVICE int32_t block_scale(float amax, float largest) { return encode_e8m0(amax * (1.0f / largest)); }
+template <typename Float>
+HOST_DEVICE IntOf<Float> block_scale(Float amax, float largest) {
+    return encode_e8m0(amax * (1.0f / largest));
+}
 
 // 2^-(code - 127), which for every code is a float; code 255 (NaN) counts as 254.
-HOST_DEVICE float encoding_factor(int32_t block_scale) {
-    const int32_t exponent = 254 - smaller(block_scale, 254);
-    return float_of<float>(exponent ? exponent << 23 : 0x00400000);
+template <typename Float>
+HOST_DEVICE Float block_encoding_factor(IntOf<Float> block_scale) {
+    const IntOf<Float> exponent = 254 - smaller(block_scale, all<IntOf<Float>>(254));
+    return float_of<Float>(exponent > 0 ? exponent << 23 : all<IntOf<Float>>(0x00400000));
 }
 
 }  // namespace fp8

@@ -13,9 +13,11 @@
 #if defined(__CUDACC__)
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define HOST_DEVICE_MEMBER __host__ __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
 #else
 #define HOST_DEVICE static inline __attribute__((always_inline))
 #define HOST_DEVICE_MEMBER inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 constexpr int32_t MAGNITUDE = 0x7fffffff;

@@ -72,11 +72,16 @@ using E5M2 = MiniFloat<5, 2, 0x47600000, 0x7f>;  // 57344
 
 HOST_DEVICE float quiet_nan() { return float_of<float>(0x7fc00000); }
 
-HOST_DEVICE float decode_e4m3(int32_t code) { return (code & 0x7f) == 0x7f ? quiet_nan() : E4M3::decode<float>(code); }
+template <typename Float = float>
+HOST_DEVICE Float decode_e4m3(IntOf<Float> code) {
+    return (code & 0x7f) == 0x7f ? all<Float>(quiet_nan()) : E4M3::decode<Float>(code);
+}
 
-HOST_DEVICE float decode_e5m2(int32_t code) {
-    const float infinity = float_of<float>(code & 0x80 ? INT32_MIN | INFINITE : INFINITE);
-    return (code & 0x7f) < 0x7c ? E5M2::decode<float>(code) : (code & 0x7f) == 0x7c ? infinity : quiet_nan();
+template <typename Float = float>
+HOST_DEVICE Float decode_e5m2(IntOf<Float> code) {
+    const Float infinity = float_of<Float>(((code & 0x80) << 24) | INFINITE);
+    const Float beyond = (code & 0x7f) == 0x7c ? infinity : all<Float>(quiet_nan());
+    return (code & 0x7f) < 0x7c ? E5M2::decode<Float>(code) : beyond;
 }
 
 // Powers of two from 2^-127 (0) to 2^127 (254); 255 is NaN. Rounds |x| up and saturates, zero included, as NVIDIA's cvt.rp.satfinite.

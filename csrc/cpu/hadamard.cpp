@@ -22,18 +22,6 @@ struct Job {
     int64_t sign_count;
 };
 
-INLINE float load_one(Type type, const void* x, int64_t at) {
-    return type == Type::BFLOAT16 ? float_of_bfloat16(static_cast<const uint16_t*>(x)[at]) : static_cast<const float*>(x)[at];
-}
-
-INLINE void store_one(Type type, void* out, int64_t at, float x) {
-    if (type == Type::BFLOAT16) {
-        static_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(bfloat16_of(x));
-    } else {
-        static_cast<float*>(out)[at] = x;
-    }
-}
-
 // `size` values from `begin` on in stages of distances step, 2 step ... < COUNT step, where step is a multiple of the length of a vector.
 // FIRST takes them from x and does the stages within vectors before; LAST puts them into out. Between passes they lie in v.
 template <bool FIRST, bool LAST, int COUNT, typename Float>

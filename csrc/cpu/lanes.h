@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "butterflies.h"
 #include "host_device.h"
 #include "variants.h"
 
@@ -89,6 +90,18 @@ INLINE void store_as(Type type, void* values, int64_t at, Float x) {
     }
 }
 
+INLINE float load_one(Type type, const void* x, int64_t at) {
+    return type == Type::BFLOAT16 ? float_of_bfloat16(static_cast<const uint16_t*>(x)[at]) : static_cast<const float*>(x)[at];
+}
+
+INLINE void store_one(Type type, void* out, int64_t at, float x) {
+    if (type == Type::BFLOAT16) {
+        static_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(bfloat16_of(x));
+    } else {
+        static_cast<float*>(out)[at] = x;
+    }
+}
+
 template <typename Float>
 INLINE Float rounded_to(Type type, Float x) {
     return type == Type::BFLOAT16 ? rounded_to_bfloat16(x) : x;
@@ -125,19 +138,4 @@ INLINE Float butterflies(Float x) {
     if constexpr (LENGTH<Float> >= 8) x = butterfly<4>(x);
     if constexpr (LENGTH<Float> >= 16) x = butterfly<8>(x);
     return x;
-}
-
-// The stages of distances 1, 2, 4 ... < COUNT of a list of vectors.
-template <int COUNT, typename Float>
-INLINE void butterflies(Float* v) {
-#pragma GCC unroll 4
-    for (int distance = 1; distance < COUNT; distance *= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < COUNT; ++i) {
-            if (i & distance) continue;
-            const Float a = v[i], b = v[i + distance];
-            v[i] = a + b;
-            v[i + distance] = a - b;
-        }
-    }
 }

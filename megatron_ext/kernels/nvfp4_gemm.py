@@ -63,10 +63,10 @@ def nvfp4_gemm(a: NVFP4Tensor, b: NVFP4Tensor, *, out_dtype: torch.dtype = torch
 def select_backend(name: str, device: torch.device, rows: int, columns: int) -> tuple[str, str]:
     """The backend that runs when ``name`` is asked for on ``device`` for a product [rows, columns], and why.
 
-    ``native`` is PyTorch's scaled_mm. The others are emulations, at training sizes never faster than a product in bfloat16: ``torch``,
-    the definition, and ``cpu`` and ``cuda``, which have its bits, decode both sides and leave the product to PyTorch; ``triton`` decodes
-    in registers. ``auto`` is ``native`` where it can run; else on CUDA ``triton`` where one side has at most ``FEW_ROWS`` rows, which it
-    can read as codes in less time than bfloat16 takes; else ``cuda`` or ``cpu``.
+    ``native`` is PyTorch's scaled_mm. The others are emulations, at training sizes never faster than a product in bfloat16 (on the CPU:
+    float32): ``torch``, the definition, and ``cpu`` and ``cuda``, which decode with compiled kernels, have its bits and leave the product
+    to PyTorch; ``triton`` decodes in registers. ``auto`` is ``native`` where it can run; else on CUDA ``triton`` where one side has at
+    most ``FEW_ROWS`` rows, and ``cuda`` for more; on the CPU ``cpu``.
 
     Raises:
         ConfigError: ``name`` is none of ``BACKENDS``, or the backend cannot run.
