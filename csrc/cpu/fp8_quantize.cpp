@@ -182,13 +182,14 @@ INLINE void quantize_tile(const Job& job, int64_t unit) {
     Tile tile;
     Lines lines;
     load_tile<Float>(job.x, row, column, tile);
+    // Rows and columns that share scales share codes: those of the rows are the columns', transposed.
+    const bool shared = job.rows.codes != nullptr && job.rows.height > 1 && job.columns.codes != nullptr;
     if (job.rows.codes != nullptr) {
         if (job.rows.given == nullptr) {
             magnitudes_of_rows<Float>(tile, lines.magnitudes);
             join_parts<Float>(job.rows, lines);
         }
         scales_of<Float>(job, job.rows, Place(job.rows, row, column, job.x.rows, job.x.columns), lines);
-        const bool shared = job.rows.height > 1 && job.columns.codes != nullptr;
         shared ? encode_tile<Format, true, true, Float>(job, tile, lines, row, column)
                : encode_tile<Format, true, false, Float>(job, tile, lines, row, column);
     }
@@ -198,7 +199,7 @@ INLINE void quantize_tile(const Job& job, int64_t unit) {
         join_parts<Float>(job.columns, lines);
     }
     scales_of<Float>(job, job.columns, Place(job.columns, column, row, job.x.columns, job.x.rows), lines);
-    if (job.columns.height == 1 || job.rows.codes == nullptr) encode_tile<Format, false, true, Float>(job, tile, lines, row, column);
+    if (!shared) encode_tile<Format, false, true, Float>(job, tile, lines, row, column);
 }
 
 template <int LANES>
@@ -235,7 +236,9 @@ INLINE void largest_of_unit(const AmaxJob& job, int64_t unit) {
     if (job.of_columns != nullptr) {
         magnitudes_of_columns<Float>(tile, lines.magnitudes);
         join_parts<Float>(whole_lines, lines);
-        for (int64_t c = column; c < std::min(job.x.columns, column + SIDE); ++c) raise(job.of_columns + c, lines.magnitudes[0][c - column]);
+        for (int64_t c = column; c < std::min(job.x.columns, column + SIDE); ++c) {
+            raise(job.of_columns + c, lines.magnitudes[0][c - column]);
+        }
     }
 }
 
@@ -263,7 +266,8 @@ INLINE void dequantize_unit(const DequantizeJob& job, int64_t unit) {
     for (int64_t row = unit * ROWS; row < std::min(job.rows, (unit + 1) * ROWS); ++row) {
         for (int64_t b = 0; b < across; ++b) {
             const int64_t place = row / job.height * across + b, end = (row * job.columns) + std::min(job.columns, (b + 1) * job.width);
-            const float scale = job.mx ? decode_e8m0(static_cast<const uint8_t*>(job.scales)[place]) : static_cast<const float*>(job.scales)[place];
+            const float scale = job.mx ? decode_e8m0(static_cast<const uint8_t*>(job.scales)[place])
+                                       : static_cast<const float*>(job.scales)[place];
             int64_t at = row * job.columns + b * job.width;
             for (; at + LANES <= end; at += LANES) {
                 const auto codes = load<typename Lanes<Float>::Byte>(job.codes + at);
@@ -284,7 +288,7 @@ int64_t tiles_of(const Matrix& x) { return blocks_of(x.rows, SIDE) * tiles_acros
 //   codes [rows, columns], scales and amax [ceil(rows / height), ceil(columns / width)]; for columns the same of x transposed
 //   mx: scales are uint8 (E8M0), else float32, powers of two if power_of_two
 //   given: the amaxes, or null: found in blocks, and written to amax
-// Blocks are 1 x 32 of mx, 1 x 128 and 128 x 128; of a row or all where amaxes are given. Then columns have the codes of rows if height > 1.
+// Blocks are 1 x 32 of mx, 1 x 128 and 128 x 128; of a row or all where amaxes are given. Of squares, columns have the codes of rows.
 // instructions: "avx512", "avx2", "portable", or "" for the first of these that the CPU has. Returns a code of variants.h.
 extern "C" int32_t fp8_quantize(const void* x, int32_t type, int64_t rows, int64_t columns, int32_t e5m2, int32_t power_of_two, int32_t mx,
                                 uint8_t* row_codes, void* row_scales, float* row_amax, const float* row_given, int64_t row_height,

@@ -13,6 +13,7 @@ from megatron_ext.optim.options import OptimizerOptions, ScheduleOptions
 from megatron_ext.option_rules import require
 from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.planning.options import PlanningOptions
+from megatron_ext.precision.options import PrecisionOptions
 
 
 class RunConfig(BaseModel):
@@ -30,6 +31,7 @@ class RunConfig(BaseModel):
     data: DataOptions
     parallel: ParallelOptions = Field(default_factory=ParallelOptions)
     planning: PlanningOptions = Field(default_factory=PlanningOptions)
+    precision: PrecisionOptions = Field(default_factory=PrecisionOptions)
     optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = Field(default_factory=ScheduleOptions)
     train: TrainOptions
@@ -65,6 +67,12 @@ class RunConfig(BaseModel):
                 "train.dtype",
                 self.train.dtype,
                 "auto, bfloat16 or float32: DeepSpeed's ZeRO keeps float32 masters",
+            ),
+            (
+                self.precision.recipe == "bf16" or self.train.dtype != "float64",
+                "precision.recipe",
+                self.precision.recipe,
+                "bf16 with train.dtype float64, which is not quantized",
             ),
             (has_vocabulary, "tokenizer", self.tokenizer, "a directory; null with model.init_from or model.vocab_size"),
         )

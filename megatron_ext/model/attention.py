@@ -13,7 +13,7 @@ from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.rope import apply_rope
 from megatron_ext.parallel.ring import ring_attention
 from megatron_ext.parallel.sequence import Attend, attended_heads, shared_attention
-from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel
+from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel, outputs
 
 
 class Attention(nn.Module):
@@ -49,7 +49,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, pack: PackContext) -> Tensor:
         """Map ``x`` [T, hidden], as it is outside a tensor-parallel region, to the same shape."""
         x = self.tp.enter(x, pack.tokens)
-        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = map(self._heads, outputs(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, pack.cos, pack.sin), apply_rope(k, pack.cos, pack.sin)

@@ -17,6 +17,7 @@ from megatron_ext.parallel.pipeline import Stage, whole_model
 from megatron_ext.parallel.placement import slices, whole_box
 from megatron_ext.parallel.sequence import Sharing
 from megatron_ext.parallel.tensor import ColumnLinear, TensorParallel, VocabularyEmbedding, single
+from megatron_ext.precision.state import PrecisionState
 
 
 class Decoder(nn.Module):
@@ -61,6 +62,7 @@ class GPT(nn.Module):
         self.config = config
         self.tp = tp or single()
         self.max_logits = max_logits
+        self.precision: PrecisionState | None = None
         self.stage = stage or whole_model(config.num_layers)
         self.model = Decoder(config, attention, recompute, self.tp, self.stage, max_logits)
         has_head = self.stage.is_last and not config.tie_embeddings
@@ -83,7 +85,9 @@ class GPT(nn.Module):
                 parameters[name].copy_(whole[slices(box, whole_box(shape))])
 
     def context(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, sharing: Sharing | None = None) -> PackContext:
-        """What the blocks need to know of a pack; arguments as in ``forward``."""
+        """What the blocks need to know of a pack, before its forward pass; arguments as in ``forward``."""
+        if self.precision is not None:
+            self.precision.next_pack()
         dtype = next(self.parameters()).dtype
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
         return PackContext(cu_seqlens, max_seqlen, sharing, cos, sin)

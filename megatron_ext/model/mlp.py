@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext.model.config import ModelConfig
-from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel
+from megatron_ext.parallel.tensor import ColumnLinear, RowLinear, TensorParallel, outputs
 
 
 class MLP(nn.Module):
@@ -21,4 +21,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, tokens: int) -> Tensor:
         """Map ``x`` [T, hidden], as it is outside a tensor-parallel region, to the same shape. ``tokens`` is T of the whole pack."""
         x = self.tp.enter(x, tokens)
-        return self.tp.leave(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        gate, up = outputs(x, self.gate_proj, self.up_proj)
+        return self.tp.leave(self.down_proj(F.silu(gate) * up))

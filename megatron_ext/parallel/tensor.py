@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ext.parallel.group import Group, Traffic
 from megatron_ext.parallel.split import Split, even_split, head_split
+from megatron_ext.precision.linear import LinearPrecision, SharedInput, quantized_linear
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,20 @@ def single() -> TensorParallel:
     return TensorParallel(Group("tp", (0,), 0, None, Traffic()))
 
 
-class ColumnLinear(nn.Linear):
+class DividedLinear(nn.Linear):
+    """A linear of which the tensor-parallel ranks hold parts, computed in low precision if it has been told so."""
+
+    split: Split
+    precision: LinearPrecision | None = None
+
+    def forward(self, x: Tensor, shared: SharedInput | None = None) -> Tensor:
+        """This rank's part of x W^T [T, out] from ``x`` [T, in]; ``shared``: what linears with this input have in common."""
+        if self.precision is None:
+            return F.linear(x, self.weight, self.bias)
+        return quantized_linear(x, self.weight, self.bias, self.precision, shared)
+
+
+class ColumnLinear(DividedLinear):
     """Some of the output features: rows ``split`` of the weight [out, in], inside a region."""
 
     def __init__(self, in_features: int, split: Split, bias: bool = False) -> None:
@@ -61,12 +75,18 @@ class ColumnLinear(nn.Linear):
         self.split = split
 
 
-class RowLinear(nn.Linear):
+class RowLinear(DividedLinear):
     """Some of the input features: columns ``split`` of the weight [out, in]; ``leave`` sums the ranks' results."""
 
     def __init__(self, split: Split, out_features: int) -> None:
         super().__init__(split.size, out_features, bias=False)
         self.split = split
+
+
+def outputs(x: Tensor, *linears: ColumnLinear) -> list[Tensor]:
+    """What each of some linears makes of one input, which is quantized once for all of them."""
+    shared = SharedInput()
+    return [linear(x, shared) for linear in linears]
 
 
 class VocabularyEmbedding(nn.Embedding):

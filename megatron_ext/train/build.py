@@ -22,6 +22,7 @@ from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.max_logits import MaxLogits
 from megatron_ext.model.parallel_limits import check_divides
 from megatron_ext.model.placements import placements
+from megatron_ext.model.precision import linear_recipes
 from megatron_ext.optim.options import OptimizerOptions, RuleName
 from megatron_ext.optim.qk_clip import QKClip
 from megatron_ext.optim.routing import route
@@ -32,9 +33,11 @@ from megatron_ext.parallel.grid import Grid, GridShape, grid_shape
 from megatron_ext.parallel.pipeline import balanced, stages
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
+from megatron_ext.precision.recipe import Recipe
 from megatron_ext.train.engine import Engine, owner_engine, zero_engine
 from megatron_ext.train.layer_times import measure_layers
 from megatron_ext.train.logit_clip import LogitClip
+from megatron_ext.train.precision import apply_recipe
 from megatron_ext.train.sources import build_mixture
 from megatron_ext.train.zero import partitioned, set_weights
 
@@ -95,6 +98,7 @@ def prepare(config: RunConfig) -> Setup:
     check_divides(model, config.parallel)
     if config.optimizer.qk_clip is not None and model.qk_norm:
         raise ConfigError(f"optimizer.qk_clip is {config.optimizer.qk_clip}; accepted is null with model.qk_norm, which bounds the logits")
+    linear_recipes(model, Recipe(config.precision))
     routes = route(parameter_shapes(model), config.optimizer)
     setup = Setup(config, model, Path(tokenizer_dir) if tokenizer_dir else None, tokenizer, mixture, validation, routes)
     mixture.check_epochs(setup.token_budget)
@@ -162,6 +166,7 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
         "attention": f"{attention} ({why_attention})",
         **_ring_attention(setup, grid, dtype),
+        **apply_recipe(model, config, grid),
         **({"blocks per stage": f"{layers} ({why_layers})"} if grid.shape.pp > 1 else {}),
     }
     return model, chosen

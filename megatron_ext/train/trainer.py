@@ -30,6 +30,7 @@ from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.metrics import MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
 from megatron_ext.train.packs import PlannedPacks
+from megatron_ext.train.precision import switch_target
 from megatron_ext.train.step_plans import StepPlan, StepPlanner
 from megatron_ext.train.stopping import StopRequest
 
@@ -53,6 +54,8 @@ class Trainer:
         self.stop = StopRequest(self.run_dir)
         self._check_same_data()
         self.model, self.chosen = build_model(setup, grid)
+        assert self.model.precision is not None, "build_model gives it"
+        self.precision = self.model.precision
         self.engine = build_engine(setup, self.model, grid)
         self.optimizer = self.engine.optimizer
         self.monitors = Monitors(monitor_config(self.config))
@@ -127,7 +130,10 @@ class Trainer:
         asked = torch.tensor([float(self.stop.reason is not None)], dtype=torch.float64)
         mine = self.engine.packs_of(step_plan.plan)
         packs = PlannedPacks(mine, pieces, self.setup.mixture.corpora, self.setup.model.vocab_size, self.grid.dp.rank)
+        if self.precision.begin_step(self.step, self.tokens):
+            self._say_switched()
         result = self.engine.step(packs, sum(piece.loss_tokens for piece in pieces), asked)
+        self.precision.end_step()
         if self._due(self.config.train.check_replicas_every):
             self.optimizer.check_replicas()
         synchronize(self.world.device)
@@ -176,6 +182,10 @@ class Trainer:
             self.console.step_line(record, flops)
             if self.world.is_main and len(step_plan.plan.packs) <= MOST_PACKS_WRITTEN:
                 self.metrics.write("plan", step=self.step, **step_plan.picture(self.planner.cost))
+
+    def _say_switched(self) -> None:
+        self.metrics.write("event", event="precision_switch", step=self.step, tokens=self.tokens)
+        self.console.say(f"step {self.step} begins after {self.tokens:,} tokens: from here on {switch_target(self.config)}")
 
     def _check_rules(self, result: StepResult) -> None:
         """Nobody should believe to train with Muon while nothing is orthogonalized."""
@@ -240,6 +250,7 @@ class Trainer:
             "grid": asdict(self.grid.shape),
             "cost_correction": self.correction.state(),
             "routes": self.setup.routes,
+            "precision": self.precision.saved(),
             "versions": _versions(),
         }
 
@@ -255,6 +266,7 @@ class Trainer:
         self.tokens_by_source |= {name: n for name, n in state["tokens_by_source"].items() if name in self.tokens_by_source}
         self.optimizer.updates = state["updates"]
         self.correction.load(state.get("cost_correction"))
+        self.precision.load(state.get("precision"))
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
         return path
 
