@@ -72,6 +72,11 @@ class RankPool:
                 results[waiting[connection]] = value
         return [results[rank] for rank in range(self.size)]
 
+    @property
+    def threads(self) -> int:
+        """Of rank 0. Those of gloo's groups, three a group, look for work a hundred times a second."""
+        return len(list(Path(f"/proc/{self._processes[0].pid}/task").iterdir()))
+
     def close(self) -> None:
         """End the ranks."""
         for connection, process in zip(self._connections, self._processes, strict=True):
@@ -92,25 +97,30 @@ class RankError(AssertionError):
 
 
 class RankPools:
-    """Pools by size, made when first needed and replaced when one of their ranks failed or they ran many functions."""
+    """Pools by size, made when first needed and ended when one of their ranks failed, ran many functions or made many groups.
 
-    def __init__(self, functions_per_pool: int = 12) -> None:
+    A grid's groups last as long as its process: idle ranks with hundreds of them would keep the cores busy.
+    """
+
+    def __init__(self, functions_per_pool: int = 12, threads_per_rank: int = 100) -> None:
         self._pools: dict[int, RankPool] = {}
         self._used: dict[int, int] = {}
         self._most = functions_per_pool
+        self._most_threads = threads_per_rank
 
     def __call__(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run ``function(world, *arguments)`` on ``size`` ranks; the function must be importable. Returns the results by rank."""
-        if self._used.get(size, 0) >= self._most:
-            self._discard(size)
         if size not in self._pools:
             self._pools[size] = RankPool(size)
         self._used[size] = self._used.get(size, 0) + 1
         try:
-            return self._pools[size].run(function, *arguments)
+            results = self._pools[size].run(function, *arguments)
         except BaseException:
             self._discard(size)
             raise
+        if self._used[size] >= self._most or self._pools[size].threads > self._most_threads:
+            self._discard(size)
+        return results
 
     def _discard(self, size: int) -> None:
         self._pools.pop(size).close()

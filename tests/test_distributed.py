@@ -1,5 +1,7 @@
 """The rank pools themselves: results by rank, real collectives, and a failing rank's own traceback."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +20,21 @@ def _fail_on_last(world: World) -> None:
     if world.rank == world.size - 1:
         raise ValueError("the last rank gives up")
     world.barrier()
+
+
+def _pid_after_groups(world: World, count: int) -> int:
+    for _ in range(count):
+        dist.new_group([0, 1])
+    return os.getpid()
+
+
+def test_a_pool_with_many_groups_is_replaced() -> None:
+    pools = RankPools(threads_per_rank=40)
+    try:
+        first, same, other = (pools(2, _pid_after_groups, count)[0] for count in (0, 20, 0))
+        assert first == same != other
+    finally:
+        pools.close()
 
 
 def test_results_come_from_real_collectives(run_ranks: RankPools) -> None:
