@@ -1,12 +1,11 @@
 """Fixtures that all rooms share."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.distributed import RankPools
+from tests import distributed
+from tests.distributed import RunRanks
 
 # The default of 200 ms an example measures what else the machine does.
 settings.register_profile("shared_machine", deadline=None)
@@ -14,19 +13,9 @@ settings.load_profile("shared_machine")
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Iterator[RankPools]:
+def run_ranks() -> RunRanks:
     """``run_ranks(size, function, *arguments)``: results of ``function(world, *arguments)`` on real gloo ranks, by rank."""
-    pools = RankPools()
-    yield pools
-    pools.close()
-
-
-@pytest.fixture
-def fresh_ranks() -> Iterator[RankPools]:
-    """As ``run_ranks``, on ranks that have run nothing else: DeepSpeed's ZeRO looks at the grid of the last engine of its process."""
-    pools = RankPools()
-    yield pools
-    pools.close()
+    return distributed.run_ranks
 
 
 @pytest.fixture(autouse=True, scope="session")

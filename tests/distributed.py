@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: pools of processes that live for the session and are handed functions."""
+"""Real gloo ranks for tests, new ones for each function: forks of a process that has already imported what they need."""
 
 import multiprocessing
 import os
@@ -7,85 +7,17 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 TIMEOUT_SECONDS = 240
 
 
-def _rank_main(rank: int, size: int, store: str, connection: Connection) -> None:
-    """Join the group, then run what arrives until None does."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_SIZE=str(size), DS_ACCELERATOR="cpu")
-    import torch
-    import torch.distributed as dist
+class RunRanks(Protocol):
+    """``run_ranks(size, function, *arguments)``: results of ``function(world, *arguments)`` on real gloo ranks, by rank."""
 
-    from megatron_ext.parallel.world import World
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    world = World(rank, size, torch.device("cpu"))
-    while (task := connection.recv()) is not None:
-        function, arguments = task
-        try:
-            connection.send((True, function(world, *arguments)))
-        except BaseException:
-            connection.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
-class RankPool:
-    """``size`` processes in one gloo group.
-
-    A pool whose rank failed cannot be used again: its other ranks may wait in a collective.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
-        self._processes: list[BaseProcess] = []
-        self._connections: list[Connection] = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank_main, args=(rank, size, str(Path(self._folder.name) / "store"), theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(world, *arguments)`` on every rank; returns the results by rank, or raises with the failing rank's own traceback."""
-        for connection in self._connections:
-            connection.send((function, arguments))
-        results: dict[int, Any] = {}
-        while len(results) < self.size:
-            # Whichever rank answers first: the others may be waiting for one that failed.
-            waiting = {c: rank for rank, c in enumerate(self._connections) if rank not in results}
-            ready = wait(list(waiting), TIMEOUT_SECONDS)
-            if not ready:
-                raise TimeoutError(f"ranks {sorted(waiting.values())} of {self.size} did not answer within {TIMEOUT_SECONDS} s")
-            for connection in ready:
-                good, value = connection.recv()
-                if not good:
-                    raise RankError(waiting[connection], value)
-                results[waiting[connection]] = value
-        return [results[rank] for rank in range(self.size)]
-
-    @property
-    def threads(self) -> int:
-        """Of rank 0. Those of gloo's groups, three a group, look for work a hundred times a second."""
-        return len(list(Path(f"/proc/{self._processes[0].pid}/task").iterdir()))
-
-    def close(self) -> None:
-        """End the ranks."""
-        for connection, process in zip(self._connections, self._processes, strict=True):
-            if process.is_alive():
-                connection.send(None)
-        for process in self._processes:
-            process.join(timeout=2)
-            process.kill()
-        self._folder.cleanup()
+    def __call__(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
 
 
 class RankError(AssertionError):
@@ -96,37 +28,92 @@ class RankError(AssertionError):
         self.rank, self.trace = rank, trace
 
 
-class RankPools:
-    """Pools by size, made when first needed and ended when one of their ranks failed, ran many functions or made many groups.
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(world, *arguments)`` on ``size`` processes in one gloo group; the function must be importable.
 
-    A grid's groups last as long as its process: idle ranks with hundreds of them would keep the cores busy.
+    Ranks see this process's environment and write where it writes. Returns the results by rank.
+    Raises RankError with the failing rank's own traceback; the others, which may wait for it in a collective, are killed.
     """
-
-    def __init__(self, functions_per_pool: int = 12, threads_per_rank: int = 100) -> None:
-        self._pools: dict[int, RankPool] = {}
-        self._used: dict[int, int] = {}
-        self._most = functions_per_pool
-        self._most_threads = threads_per_rank
-
-    def __call__(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Run ``function(world, *arguments)`` on ``size`` ranks; the function must be importable. Returns the results by rank."""
-        if size not in self._pools:
-            self._pools[size] = RankPool(size)
-        self._used[size] = self._used.get(size, 0) + 1
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_ext.train.run"])
+    # Connections travel to the new process as whatever file they hold.
+    outputs = [Connection(os.dup(descriptor), readable=False) for descriptor in (1, 2)]
+    processes: list[ForkServerProcess] = []
+    connections: list[Connection] = []
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            results = self._pools[size].run(function, *arguments)
-        except BaseException:
-            self._discard(size)
-            raise
-        if self._used[size] >= self._most or self._pools[size].threads > self._most_threads:
-            self._discard(size)
-        return results
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                connections.append(ours)
+                start = (rank, size, str(Path(folder) / "store"), dict(os.environ), outputs, theirs, function, arguments)
+                processes.append(context.Process(target=_rank_main, args=start, daemon=True))
+                processes[-1].start()
+                theirs.close()
+            results = _results(connections)
+            for connection in connections:
+                connection.send(None)
+            for process in processes:
+                process.join(timeout=5)
+            return results
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            for connection in connections + outputs:
+                connection.close()
 
-    def _discard(self, size: int) -> None:
-        self._pools.pop(size).close()
-        self._used.pop(size)
 
-    def close(self) -> None:
-        """End all ranks."""
-        for size in list(self._pools):
-            self._discard(size)
+def _rank_main(
+    rank: int,
+    size: int,
+    store: str,
+    environment: dict[str, str],
+    outputs: list[Connection],
+    connection: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    """Join the group, run the function and answer with (True, its result) or (False, its traceback)."""
+    for descriptor, output in enumerate(outputs, 1):
+        os.dup2(output.fileno(), descriptor)
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size}
+    os.environ.clear()
+    os.environ.update(environment | {name: str(value) for name, value in ours.items()} | {"DS_ACCELERATOR": "cpu"})
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ext.parallel.world import World
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    try:
+        answer = (True, function(World(rank, size, torch.device("cpu")), *arguments))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    connection.send(answer)
+    # Tensors travel as files of this process: they must be read before it ends.
+    connection.recv()
+    dist.destroy_process_group()
+
+
+def _results(connections: list[Connection]) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(connections):
+        # Whichever rank answers first: the others may be waiting for one that failed.
+        waiting = {connection: rank for rank, connection in enumerate(connections) if rank not in results}
+        ready = wait(list(waiting), TIMEOUT_SECONDS)
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} of {len(connections)} did not answer within {TIMEOUT_SECONDS} s")
+        for connection in ready:
+            good, value = _answer(connection)
+            if not good:
+                raise RankError(waiting[connection], value)
+            results[waiting[connection]] = value
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _answer(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return connection.recv()
+    except EOFError:
+        return False, "the process ended without an answer"

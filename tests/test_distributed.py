@@ -1,13 +1,14 @@
-"""The rank pools themselves: results by rank, real collectives, and a failing rank's own traceback."""
+"""Ranks of tests: results by rank, real collectives, their environment and output, and a failing rank's own traceback."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_ext.parallel.world import World
-from tests.distributed import RankError, RankPools
+from tests.distributed import RankError, RunRanks
 
 
 def _sum_of_ranks(world: World, offset: int) -> int:
@@ -22,30 +23,42 @@ def _fail_on_last(world: World) -> None:
     world.barrier()
 
 
-def _pid_after_groups(world: World, count: int) -> int:
-    for _ in range(count):
-        dist.new_group([0, 1])
-    return os.getpid()
+def _end_without_answer(world: World) -> None:
+    os._exit(3)
 
 
-def test_a_pool_with_many_groups_is_replaced() -> None:
-    pools = RankPools(threads_per_rank=40)
-    try:
-        first, same, other = (pools(2, _pid_after_groups, count)[0] for count in (0, 20, 0))
-        assert first == same != other
-    finally:
-        pools.close()
+def _say(world: World) -> str | None:
+    os.write(1 + world.rank, f"rank {world.rank}\n".encode())
+    return os.environ.get("SAID")
 
 
-def test_results_come_from_real_collectives(run_ranks: RankPools) -> None:
+def test_results_come_from_real_collectives(run_ranks: RunRanks) -> None:
     assert run_ranks(2, _sum_of_ranks, 10) == [21, 21]
 
 
-def test_a_failing_rank_shows_its_traceback_and_the_pool_is_replaced() -> None:
-    pools = RankPools()
-    try:
-        with pytest.raises(RankError, match="rank 1 failed(.|\n)*the last rank gives up"):
-            pools(2, _fail_on_last)
-        assert pools(2, _sum_of_ranks, 0) == [1, 1]
-    finally:
-        pools.close()
+def test_a_failing_rank_shows_its_traceback_and_nothing_waits_for_it(run_ranks: RunRanks) -> None:
+    with pytest.raises(RankError, match="rank 1 failed(.|\n)*the last rank gives up"):
+        run_ranks(2, _fail_on_last)
+    with pytest.raises(RankError, match="ended without an answer"):
+        run_ranks(1, _end_without_answer)
+    assert run_ranks(2, _sum_of_ranks, 0) == [1, 1]
+
+
+def test_ranks_see_the_environment_and_write_where_the_test_writes(
+    run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("SAID", "now")
+    assert run_ranks(2, _say) == ["now", "now"]
+    assert capfd.readouterr() == ("rank 0\n", "rank 1\n")
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_ranks_leave_nothing_open(run_ranks: RunRanks) -> None:
+    run_ranks(2, _sum_of_ranks, 0)
+    before = _open_files()
+    for _ in range(3):
+        run_ranks(2, _sum_of_ranks, 0)
+    assert _open_files() <= before

@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.world import World
 from tests.checkpoint.tiny_state import trained, weight_of, writer
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import ALONE, owner_optimizer
 
 FILES = [
@@ -137,7 +137,7 @@ def verify_on(world: World, directory: Path) -> str:
     return str(caught.value)
 
 
-def test_all_ranks_refuse_what_one_of_them_finds(run_ranks: RankPools, root: Path) -> None:
+def test_all_ranks_refuse_what_one_of_them_finds(run_ranks: RunRanks, root: Path) -> None:
     alter(root / "step_00000003" / "optimizer" / "index.json")
     messages = run_ranks(2, verify_on, root / "step_00000003")
     assert messages[0] == messages[1] and messages[0].count("index.json is altered") == 1

@@ -20,7 +20,7 @@ from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.world import World
 from tests.checkpoint.tiny_state import CONFIG, trained, weight_of, writer
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import ALONE
 
 
@@ -56,7 +56,7 @@ def load_on(world: World, path: str, dtype: torch.dtype) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
-def test_state_comes_back_bit_for_bit_on_any_number_of_ranks(run_ranks: RankPools, tmp_path: Path, before: int, after: int) -> None:
+def test_state_comes_back_bit_for_bit_on_any_number_of_ranks(run_ranks: RunRanks, tmp_path: Path, before: int, after: int) -> None:
     paths = run_ranks(before, save_on, tmp_path, torch.bfloat16)
     assert paths == [str(tmp_path / "step_00000002")] * before
     assert len(list((tmp_path / "step_00000002" / "optimizer").glob("owned-*.safetensors"))) == before
@@ -167,7 +167,7 @@ def fail_on_last_rank(world: World, root: Path, name: str, error: OSError) -> tu
     [OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "Permission denied")],
     ids=["disk full", "permission"],
 )
-def test_an_error_on_one_rank_is_one_on_all_and_leaves_the_old_checkpoint(run_ranks: RankPools, tmp_path: Path, error: OSError) -> None:
+def test_an_error_on_one_rank_is_one_on_all_and_leaves_the_old_checkpoint(run_ranks: RunRanks, tmp_path: Path, error: OSError) -> None:
     for message, seen in run_ranks(2, fail_on_last_rank, tmp_path, "write_owned", error):
         assert message == f"rank 1: cannot save the checkpoint: {type(error).__name__}: {error}"
         assert seen == ["step_00000001"]

@@ -18,7 +18,7 @@ from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.pipeline import stages
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 
 SHAPES = [GridShape(1, 1, 1), GridShape(1, 2, 2), GridShape(1, 1, 4), GridShape(2, 1, 2), GridShape(3, 1, 1)]
 MODEL = ModelConfig(51, 16, 24, 3, 4, 2, 4, 64, tie_embeddings=True)
@@ -54,7 +54,7 @@ def export(world: World, shape: GridShape, folder: Path, max_bytes: int) -> tupl
     "shape", [GridShape(1, 1, 1), GridShape(1, 2, 2), GridShape(1, 1, 4), GridShape(2, 1, 2), GridShape(3, 1, 1)], ids=str
 )
 @pytest.mark.parametrize("max_bytes", [2**30, 4000])
-def test_every_tensor_is_in_one_file_whole(run_ranks: RankPools, tmp_path: Path, shape: GridShape, max_bytes: int) -> None:
+def test_every_tensor_is_in_one_file_whole(run_ranks: RunRanks, tmp_path: Path, shape: GridShape, max_bytes: int) -> None:
     results = run_ranks(shape.size, export, shape, tmp_path, max_bytes)
     files = sorted(path.name for path in tmp_path.iterdir())
     assert sorted(name for written, _ in results for name in written) == files
@@ -92,7 +92,7 @@ def fill_disk(world: World, shape: GridShape, folder: Path, victim: int) -> str 
     return None
 
 
-def test_a_full_disk_on_one_rank_keeps_no_other_waiting(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_a_full_disk_on_one_rank_keeps_no_other_waiting(run_ranks: RunRanks, tmp_path: Path) -> None:
     messages = run_ranks(4, fill_disk, GridShape(2, 1, 2), tmp_path, 2)
     assert messages == [None, None, "[Errno 28] No space left on device", None]
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2, "the other files are there"

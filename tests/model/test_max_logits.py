@@ -21,7 +21,7 @@ from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from megatron_ext.planning import Pack, Plan, Slice
 from megatron_ext.train.packs import sharing_of
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.model.test_gpt import CONFIG, loss_and_gradients, model_of, saved_bytes
 from tests.model.test_gpt import Pack as OnePack
 from tests.train.test_grids import MODEL, Case
@@ -202,7 +202,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("case", "degree", "ring"), PLANS, ids=lambda value: str(value))
-def test_the_largest_of_all_ranks_are_those_of_one_process(run_ranks: RankPools, case: Case, degree: int, ring: int) -> None:
+def test_the_largest_of_all_ranks_are_those_of_one_process(run_ranks: RunRanks, case: Case, degree: int, ring: int) -> None:
     results = run_ranks(case.ranks, seen_by_rank, case, plan_of(case.ranks // case.tp, degree, ring))
     assert not any(differs for _, differs in results)
     found = torch.stack([values for values, _ in results])
@@ -211,14 +211,14 @@ def test_the_largest_of_all_ranks_are_those_of_one_process(run_ranks: RankPools,
     assert ((found > NOTHING).sum(2) == heads).all(), "each rank reports the heads that it attends with, and no others"
 
 
-def test_the_comparison_notices_wrong_heads(run_ranks: RankPools) -> None:
+def test_the_comparison_notices_wrong_heads(run_ranks: RunRanks) -> None:
     case = Case(ranks=4)
     results = run_ranks(4, seen_by_rank, case, plan_of(4, 4, 1), True)
     found = torch.stack([values for values, _ in results]).amax(0)
     assert not torch.allclose(found, expected_of(whole_model(case)), rtol=1e-2)
 
 
-def test_without_norms_of_q_and_k_too(run_ranks: RankPools) -> None:
+def test_without_norms_of_q_and_k_too(run_ranks: RunRanks) -> None:
     """Where QK-clip is used, logits have no bound."""
     case = Unnormed(ranks=2)
     assert not case.model.qk_norm

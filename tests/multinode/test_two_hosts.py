@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.multinode.hosts import ADDRESSES, Hosts, two_hosts, why_not
 from tests.train.tiny_run import losses, train, write_run
 
@@ -28,7 +28,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> str:
     return output
 
 
-def test_the_launcher_starts_both_hosts_and_losses_are_those_of_one(hosts: Hosts, run_ranks: RankPools, tmp_path: Path) -> None:
+def test_the_launcher_starts_both_hosts_and_losses_are_those_of_one(hosts: Hosts, run_ranks: RunRanks, tmp_path: Path) -> None:
     config = write_run(tmp_path / "two", train__steps=4)
     start = ("deepspeed", "--hostfile", str(hosts.folder / "hostfile"), *MASTER, "examples/pretrain.py", "--config", str(config))
     output = finish(hosts.start(0, *start))

@@ -7,7 +7,7 @@ from megatron_ext.optim.ownership import OwnedBox
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.placement import Box, slices, whole_box
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 
 SHAPES = {"rows": (7, 3), "columns": (2, 9), "alike": (4, 4), "copies": (6, 2), "single": (1, 5)}
 MEETS_ON = {"rows": 2, "columns": 0, "alike": 2, "copies": 1, "single": 0}
@@ -42,7 +42,7 @@ def exchanged(world: World) -> dict[str, object]:
     return {"here": [(owned.name, owned.box) for owned in exchange.met_here], "wholes": wholes, "back": back, "sent": traffic["all_to_all"]}
 
 
-def test_matrices_meet_and_go_back(run_ranks: RankPools) -> None:
+def test_matrices_meet_and_go_back(run_ranks: RunRanks) -> None:
     results = run_ranks(3, exchanged)
     for rank, result in enumerate(results):
         mine = [name for name in SHAPES if MEETS_ON[name] == rank]
@@ -54,7 +54,7 @@ def test_matrices_meet_and_go_back(run_ranks: RankPools) -> None:
             assert torch.equal(values, part(name, rank, whole(name) * 3).float()), name
 
 
-def test_no_more_is_sent_than_is_needed(run_ranks: RankPools) -> None:
+def test_no_more_is_sent_than_is_needed(run_ranks: RunRanks) -> None:
     """8 bytes a value on the way there, 4 on the way back, and nothing to oneself."""
     for rank, result in enumerate(run_ranks(3, exchanged)):
         sizes = {name: [torch.Size(stop - start for start, stop in box).numel() for box in BOXES[name]] for name in SHAPES}

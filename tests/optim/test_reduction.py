@@ -8,7 +8,7 @@ from megatron_ext.optim.extension import UpdateExtension
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.group import Group
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import owner_optimizer
 
 LAYERS, WIDTH, PASSES = 4, 8, 3
@@ -54,7 +54,7 @@ def steps(world: World, overlap: bool, passes_by_rank: tuple[int, ...]) -> tuple
 
 
 @pytest.mark.parametrize("passes", [(PASSES, PASSES), (PASSES, 1), (PASSES, 0)])
-def test_overlap_changes_when_and_not_what(run_ranks: RankPools, passes: tuple[int, int]) -> None:
+def test_overlap_changes_when_and_not_what(run_ranks: RunRanks, passes: tuple[int, int]) -> None:
     with_overlap, without = (run_ranks(2, steps, overlap, passes) for overlap in (True, False))
     for rank in range(2):
         (seen, sent, kept), (expected, later, all_kept) = with_overlap[rank], without[rank]
@@ -93,7 +93,7 @@ def extended(world: World) -> tuple[list[torch.Tensor], dict[str, torch.Size]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_extensions_see_whole_tensors_before_and_after_the_rule(run_ranks: RankPools, size: int) -> None:
+def test_extensions_see_whole_tensors_before_and_after_the_rule(run_ranks: RunRanks, size: int) -> None:
     model = network().double()
     plain = rule(list(model.named_parameters()))
     for _ in range(3):

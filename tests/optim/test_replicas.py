@@ -6,7 +6,7 @@ from megatron_ext.optim.replicas import check_replicas, digest
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.placement import Placement, whole_box
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -48,7 +48,7 @@ def compare(world: World, shape: GridShape, wrong_rank: int | None, name: str) -
     ids=str,
 )
 def test_a_flipped_bit_is_named_on_all_ranks(
-    run_ranks: RankPools, shape: GridShape, wrong_rank: int | None, name: str, blamed: str | None
+    run_ranks: RunRanks, shape: GridShape, wrong_rank: int | None, name: str, blamed: str | None
 ) -> None:
     for message in run_ranks(4, compare, shape, wrong_rank, name):
         if blamed is None:

@@ -19,7 +19,7 @@ from megatron_ext.parallel.placement import Box, slices, whole_box
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from megatron_ext.train.build import build_optimizer
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 
 MODEL = ModelConfig(51, 24, 40, 3, 4, 2, 6, 64, qk_norm=True, qkv_bias=True, init_std=0.2)
 """A vocabulary that nothing divides, and fewer key/value heads than the largest tp."""
@@ -156,7 +156,7 @@ def check_equal(results: list[dict[str, Any]], expected: Values, case: Case, opt
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_muon_is_that_of_one_process_to_the_bit(run_ranks: RankPools, case: Case) -> None:
+def test_muon_is_that_of_one_process_to_the_bit(run_ranks: RunRanks, case: Case) -> None:
     results = run_ranks(case.ranks, each_on_grid, case, list(VARIANTS.values()), torch.float32)
     usual = alone(case, MUON, torch.float32)
     for number, (name, options) in enumerate(VARIANTS.items()):
@@ -167,7 +167,7 @@ def test_muon_is_that_of_one_process_to_the_bit(run_ranks: RankPools, case: Case
 
 
 @pytest.mark.parametrize("scale", [6e4, 1e-7, 0.0])
-def test_gradients_of_any_size(run_ranks: RankPools, scale: float) -> None:
+def test_gradients_of_any_size(run_ranks: RunRanks, scale: float) -> None:
     """Those of float16 at its ends, and none at all; in float64 too."""
     case = Case(tp=2)
     for dtype in (torch.float32, torch.float64):
@@ -177,7 +177,7 @@ def test_gradients_of_any_size(run_ranks: RankPools, scale: float) -> None:
         assert all(value.isfinite().all() for value in expected.values())
 
 
-def test_blockwise_is_another_update(run_ranks: RankPools) -> None:
+def test_blockwise_is_another_update(run_ranks: RunRanks) -> None:
     blockwise = replace(MUON, muon=MuonOptions(tp_mode="blockwise"))
     expected = alone(Case(), MUON, torch.float64)
     errors = matrices(compared(run_ranks(2, on_grid, Case(tp=2), blockwise, torch.float64), expected))
@@ -186,7 +186,7 @@ def test_blockwise_is_another_update(run_ranks: RankPools) -> None:
 
 
 @pytest.mark.parametrize("case", [Case(), *CASES], ids=str)
-def test_adamp_is_that_of_one_process(run_ranks: RankPools, case: Case) -> None:
+def test_adamp_is_that_of_one_process(run_ranks: RunRanks, case: Case) -> None:
     variants = [replace(ADAMP, adamp=AdamPOptions(delta=delta)) for delta in DELTAS]
     for dtype, limit in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
         results = run_ranks(case.ranks, each_on_grid, case, variants, dtype)

@@ -10,7 +10,7 @@ from megatron_ext.optim.adamw import AdamW
 from megatron_ext.optim.ownership import OwnedBox
 from megatron_ext.parallel.placement import Box
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import owner_optimizer
 
 STEPS = 10
@@ -89,7 +89,7 @@ def test_clipping_is_that_of_torch() -> None:
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_many_owners_agree_with_torch_and_with_each_other(
-    run_ranks: RankPools, size: int, dtype: torch.dtype, limit: float, clip_norm: float
+    run_ranks: RunRanks, size: int, dtype: torch.dtype, limit: float, clip_norm: float
 ) -> None:
     norms, expected = by_torch(dtype, clip_norm)
     results = run_ranks(size, by_owners, dtype, clip_norm)
@@ -99,7 +99,7 @@ def test_many_owners_agree_with_torch_and_with_each_other(
         assert largest_error(seen, expected) < limit
 
 
-def test_replicas_stay_equal_in_bf16(run_ranks: RankPools) -> None:
+def test_replicas_stay_equal_in_bf16(run_ranks: RunRanks) -> None:
     (norms, first), (_, second) = run_ranks(2, by_owners, torch.bfloat16, 1.0)
     assert all(torch.equal(first[name], value) and value.dtype == torch.bfloat16 for name, value in second.items())
     assert norms == pytest.approx(by_torch(torch.float64, 1.0)[0], rel=0.02)
@@ -148,7 +148,7 @@ def poisoned(world: World, poison: float) -> tuple[list[bool], int, TENSORS, TEN
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(run_ranks: RankPools, poison: float) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(run_ranks: RunRanks, poison: float) -> None:
     for skipped, updates, first, second, third in run_ranks(2, poisoned, poison):
         assert skipped == [False, True, False] and updates == 2
         assert all(torch.equal(second[name], value) for name, value in first.items())
@@ -166,7 +166,7 @@ def without_gradients(world: World) -> tuple[float, TENSORS]:
     return optimizer.grad_norm, {name: parameter.detach() for name, parameter in named.items()}
 
 
-def test_a_rank_without_gradients_takes_part(run_ranks: RankPools) -> None:
+def test_a_rank_without_gradients_takes_part(run_ranks: RunRanks) -> None:
     named = parameters(torch.float64)
     for name, parameter in named.items():
         parameter.grad = gradient(name, 0, 0, 1)
@@ -193,7 +193,7 @@ def one_owned_state(world: World) -> tuple[list[tuple[str, Box]], bool]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_state_moves_to_another_optimizer_bit_for_bit(run_ranks: RankPools, size: int) -> None:
+def test_state_moves_to_another_optimizer_bit_for_bit(run_ranks: RunRanks, size: int) -> None:
     results = run_ranks(size, one_owned_state)
     assert all(equal for _, equal in results)
     assert len({name for parts, _ in results for name, _ in parts}) == len(SHAPES)

@@ -10,7 +10,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.parallel.grid import Grid, GridShape, grid_shape
 from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 
 SIZES = st.integers(1, 5)
 
@@ -48,7 +48,7 @@ def groups_of(world: World, shapes: list[GridShape]) -> list[dict[str, tuple[tup
     return found
 
 
-def test_groups_on_real_ranks(run_ranks: RankPools) -> None:
+def test_groups_on_real_ranks(run_ranks: RunRanks) -> None:
     shapes = [GridShape(1, 4, 1), GridShape(2, 1, 2), GridShape(1, 2, 2), GridShape(4, 1, 1), GridShape(2, 2, 1)]
     results = run_ranks(4, groups_of, shapes)
     for number, shape in enumerate(shapes):
@@ -69,7 +69,7 @@ def test_groups_on_real_ranks(run_ranks: RankPools) -> None:
             assert len(made) <= 6, "a rank creates the groups that it is in, and no others"
 
 
-def test_blocks_of_a_number_that_is_no_power_of_two(run_ranks: RankPools) -> None:
+def test_blocks_of_a_number_that_is_no_power_of_two(run_ranks: RunRanks) -> None:
     """Only the full aligned blocks: 0-1 of three; the last rank is in none, and yet no rank waits for another."""
     results = [result[0] for result in run_ranks(3, groups_of, [GridShape(1, 3, 1)])]
     assert [result.get("block2", (None,))[0] for result in results] == [(0, 1), (0, 1), None]
@@ -81,7 +81,7 @@ def blocks_on(world: World) -> list[tuple[int, ...]]:
     return [grid.block(1 << power).ranks for power in range(world.size.bit_length())]
 
 
-def test_there_are_2n_minus_1_blocks_and_each_rank_is_in_log_n_plus_1(run_ranks: RankPools) -> None:
+def test_there_are_2n_minus_1_blocks_and_each_rank_is_in_log_n_plus_1(run_ranks: RunRanks) -> None:
     results = run_ranks(4, blocks_on)
     assert all(len(blocks) == 3 for blocks in results)
     counts = Counter(block for blocks in results for block in blocks)

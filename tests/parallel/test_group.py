@@ -10,7 +10,7 @@ import torch
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.group import MAX
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import data_grid
 
 
@@ -33,7 +33,7 @@ def collectives(world: World) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     return results, {name: sent for (_, name), sent in group.traffic.sent.items()}
 
 
-def test_values_and_counted_bytes(run_ranks: RankPools) -> None:
+def test_values_and_counted_bytes(run_ranks: RunRanks) -> None:
     size, nbytes = 3, 6 * 2 * 4
     for rank, (results, sent) in enumerate(run_ranks(size, collectives)):
         assert torch.equal(results["all_reduce"], torch.full((6, 2), 3.0))
@@ -58,12 +58,10 @@ def test_a_group_of_one_sends_nothing() -> None:
 
 MEASURE = """
 import sys
-from tests.distributed import RankPools
+from tests.distributed import run_ranks
 from tests.parallel.test_group import measured
-pools = RankPools()
-for row in pools(2, measured):
+for row in run_ranks(2, measured):
     print(*row)
-pools.close()
 """
 ELEMENTS = 4 * 2**20
 

@@ -18,7 +18,7 @@ from megatron_ext.parallel.group import Group
 from megatron_ext.parallel.ring import ring_attention, visible_rows
 from megatron_ext.parallel.split import even_split
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import ALONE, data_grid
 
 Chunks = list[list[int]]
@@ -113,7 +113,7 @@ def check(found: dict[str, list[float]]) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "degree"), [(2, 2), (3, 3), (4, 4), (4, 2)])
-def test_outputs_and_gradients_are_those_of_dense_attention_of_the_whole_pack(run_ranks: RankPools, ranks: int, degree: int) -> None:
+def test_outputs_and_gradients_are_those_of_dense_attention_of_the_whole_pack(run_ranks: RunRanks, ranks: int, degree: int) -> None:
     for found in run_ranks(ranks, all_errors, degree):
         check(found)
 
@@ -145,7 +145,7 @@ def sabotaged(world: World) -> dict[str, list[float]]:
     return found
 
 
-def test_every_step_is_needed(run_ranks: RankPools) -> None:
+def test_every_step_is_needed(run_ranks: RunRanks) -> None:
     for found in run_ranks(3, sabotaged):
         assert max(found["nothing"]) < 1e-12
         # The gradient of the values needs the lse, but not the output.
@@ -163,7 +163,7 @@ def squared_errors(world: World) -> list[tuple[float, float]]:
     return [(float((x - exact[rows]).square().sum()), float((y - exact)[rows].square().sum())) for x, y, exact in results]
 
 
-def test_bfloat16_is_as_exact_as_on_one_process(run_ranks: RankPools) -> None:
+def test_bfloat16_is_as_exact_as_on_one_process(run_ranks: RunRanks) -> None:
     errors = torch.tensor(run_ranks(4, squared_errors)).sum(0).sqrt()
     assert (errors[:, 0] < 1.5 * errors[:, 1]).all(), errors
 
@@ -181,7 +181,7 @@ def changed_documents(world: World, document: int) -> list[bool]:
     return [any(bool(part.any()) for part in document_parts) for document_parts in parts]
 
 
-def test_documents_do_not_meet(run_ranks: RankPools) -> None:
+def test_documents_do_not_meet(run_ranks: RunRanks) -> None:
     document = LENGTHS.index(61)
     changed = run_ranks(4, changed_documents, document)
     assert [any(column) for column in zip(*changed, strict=True)] == [n == document for n in range(len(LENGTHS))]
@@ -199,7 +199,7 @@ def bytes_sent(world: World) -> tuple[Counter, Counter, Counter]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_bytes_are_those_of_the_keys_and_values_of_the_other_ranks(run_ranks: RankPools, size: int) -> None:
+def test_bytes_are_those_of_the_keys_and_values_of_the_other_ranks(run_ranks: RunRanks, size: int) -> None:
     chunks = uneven([23, 5, 0, 41, 1], size)
     elements = [2 * len(rows_of(chunks, rank)) * 2 * HEAD_DIM for rank in range(size)]
     for rank, (forward, backward, calls) in enumerate(run_ranks(size, bytes_sent)):
@@ -229,7 +229,7 @@ def order_of_work(world: World) -> list[str]:
     return [event for event, _ in groupby(events)]
 
 
-def test_the_next_keys_travel_while_these_are_used(run_ranks: RankPools) -> None:
+def test_the_next_keys_travel_while_these_are_used(run_ranks: RunRanks) -> None:
     for events in run_ranks(3, order_of_work):
         assert events == ["rotate", "attend"] * 2
 
@@ -243,7 +243,7 @@ def recomputed_bits(world: World) -> list[str]:
     return [way for way, results in ways.items() if not all(map(torch.equal, results, plain))]
 
 
-def test_activation_checkpointing_changes_no_bit(run_ranks: RankPools) -> None:
+def test_activation_checkpointing_changes_no_bit(run_ranks: RunRanks) -> None:
     assert run_ranks(4, recomputed_bits) == [[]] * 4
 
 

@@ -12,7 +12,7 @@ from megatron_ext.parallel.sequence import Sharing, divide_heads, shared_attenti
 from megatron_ext.parallel.split import even_split
 from megatron_ext.parallel.world import World
 from megatron_ext.planning.cost_model import AttentionShape, CostModel
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import data_grid
 
 HEAD_DIM = 4
@@ -51,21 +51,21 @@ def errors_of(world: World, lengths: list[int], heads: int, kv_heads: int) -> tu
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (6, 3), (6, 2), (5, 1), (12, 3)])
-def test_equals_attention_in_one_place(run_ranks: RankPools, ranks: int, heads: int, kv_heads: int) -> None:
+def test_equals_attention_in_one_place(run_ranks: RunRanks, ranks: int, heads: int, kv_heads: int) -> None:
     for lengths in ([1], [2, 7], [7, 1, 13, 2], [5, 0, 11], []):
         for error, _ in run_ranks(ranks, errors_of, lengths, heads, kv_heads):
             assert error < 1e-12
 
 
 @pytest.mark.parametrize(("ranks", "heads", "kv_heads"), [(2, 4, 4), (2, 4, 1), (4, 8, 2), (4, 4, 4)])
-def test_sends_what_the_cost_model_says(run_ranks: RankPools, ranks: int, heads: int, kv_heads: int) -> None:
+def test_sends_what_the_cost_model_says(run_ranks: RunRanks, ranks: int, heads: int, kv_heads: int) -> None:
     cost = CostModel(100, attention=AttentionShape(1, heads, kv_heads, HEAD_DIM, element_bytes=8))
     there, back = cost.all_to_all_bytes(24, ranks)
     for _, sent in run_ranks(ranks, errors_of, [17, 7], heads, kv_heads):
         assert sent == 2 * (there + back)
 
 
-def test_without_division_the_cost_model_is_right_in_the_mean(run_ranks: RankPools) -> None:
+def test_without_division_the_cost_model_is_right_in_the_mean(run_ranks: RunRanks) -> None:
     cost = CostModel(100, attention=AttentionShape(1, 4, 2, HEAD_DIM, element_bytes=8))
     sent = [sent for _, sent in run_ranks(4, errors_of, [17, 6], 4, 2)]
     assert sum(sent) / 4 == pytest.approx(2 * sum(cost.all_to_all_bytes(23, 4)))

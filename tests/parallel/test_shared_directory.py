@@ -6,7 +6,7 @@ import pytest
 from megatron_ext.errors import ConfigError
 from megatron_ext.parallel import shared_directory
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import ALONE
 
 
@@ -20,12 +20,12 @@ def prove(world: World, folders: list[Path]) -> str | None:
     return None
 
 
-def test_one_directory_is_accepted_and_left_empty(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_one_directory_is_accepted_and_left_empty(run_ranks: RunRanks, tmp_path: Path) -> None:
     assert run_ranks(2, prove, [tmp_path, tmp_path]) == [None, None]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_directory_on_a_host_is_refused_on_all_ranks(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_another_directory_on_a_host_is_refused_on_all_ranks(run_ranks: RunRanks, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     messages = run_ranks(2, prove, [tmp_path / "a", tmp_path / "b"])

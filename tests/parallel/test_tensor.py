@@ -14,7 +14,7 @@ from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.placement import slices, whole_box
 from megatron_ext.parallel.tensor import TensorParallel, VocabularyEmbedding, single
 from megatron_ext.parallel.world import World
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 
 MODEL = ModelConfig(51, 24, 48, 2, 4, 2, 6, 64, init_std=0.2)
 LABELLED = 9
@@ -43,7 +43,7 @@ def vocabulary_parallel_loss(world: World, vocab: int, tokens: int) -> tuple[flo
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_loss_over_a_divided_vocabulary_is_that_of_torch(run_ranks: RankPools, size: int) -> None:
+def test_loss_over_a_divided_vocabulary_is_that_of_torch(run_ranks: RunRanks, size: int) -> None:
     for vocab, tokens in ((51, 17), (4, 1), (64, 300)):
         for errors in run_ranks(size, vocabulary_parallel_loss, vocab, tokens):
             assert max(errors) < 1e-12
@@ -64,7 +64,7 @@ def embedded(world: World) -> float:
     return float(max(error, (out - weight[tokens]).abs().max()))
 
 
-def test_embedding_of_a_divided_vocabulary(run_ranks: RankPools) -> None:
+def test_embedding_of_a_divided_vocabulary(run_ranks: RunRanks) -> None:
     assert max(run_ranks(3, embedded)) == 0.0
 
 
@@ -87,7 +87,7 @@ def traffic_of_a_pack(world: World, tokens: int, shard_tokens: bool) -> tuple[Co
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(2, 16), (2, 13), (4, 13)])
-def test_a_model_sends_what_the_formulas_say_and_never_its_logits(run_ranks: RankPools, size: int, tokens: int) -> None:
+def test_a_model_sends_what_the_formulas_say_and_never_its_logits(run_ranks: RunRanks, size: int, tokens: int) -> None:
     stream = tokens * MODEL.hidden_size * 8
     regions = 2 * MODEL.num_layers
     loss = 2 * (size - 1) * LABELLED * 8 // size + 2 * (size - 1) * 2 * LABELLED * 8 // size
@@ -113,7 +113,7 @@ def first_weights(world: World) -> list[tuple[str, tuple, torch.Tensor]]:
     return [(name, box, model.get_parameter(name).detach()) for name, (_, box) in parameter_boxes(model).items()]
 
 
-def test_first_weights_are_the_same_on_every_division(run_ranks: RankPools) -> None:
+def test_first_weights_are_the_same_on_every_division(run_ranks: RunRanks) -> None:
     whole = GPT(MODEL)
     whole.reset_parameters(5)
     for parts in run_ranks(4, first_weights):

@@ -3,7 +3,7 @@ import torch
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.parallel.world import World, launched_ranks
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 
 
 def talk(world: World) -> dict[str, object]:
@@ -18,7 +18,7 @@ def talk(world: World) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_all_ranks_hear_the_same(run_ranks: RankPools, size: int) -> None:
+def test_all_ranks_hear_the_same(run_ranks: RunRanks, size: int) -> None:
     for rank, heard in enumerate(run_ranks(size, talk)):
         assert torch.equal(heard["sum"], torch.tensor([size * (size + 1) / 2, size / 2], dtype=torch.float64))
         assert heard["any"] == [False, True, True]
@@ -34,7 +34,7 @@ def hear(world: World, most: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("most", [0, 1, 20, 1000])
-def test_numbers_of_rank_0_reach_all_however_many(run_ranks: RankPools, size: int, most: int) -> None:
+def test_numbers_of_rank_0_reach_all_however_many(run_ranks: RunRanks, size: int, most: int) -> None:
     assert run_ranks(size, hear, most) == [[[], [7], list(range(-3, 17)), [2**31 - 1] * 100]] * size
 
 

@@ -20,7 +20,7 @@ from megatron_ext.precision.options import PrecisionOptions
 from megatron_ext.precision.products import select_backends
 from megatron_ext.precision.recipe import LinearRecipe, Recipe
 from megatron_ext.precision.state import PrecisionState
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.precision import emulation
 
 RECIPES = ["fp8_tensorwise", "fp8_rowwise", "fp8_blockwise", "mxfp8", "nvfp4", "mxfp4"]
@@ -298,7 +298,7 @@ def distance(parts: list[Tensor], whole: Tensor, dimension: int | None) -> float
 
 @pytest.mark.parametrize("shard_tokens", [False, True], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_tensor_parallel_parts_have_the_codes_of_the_whole(run_ranks: RankPools, recipe: str, shard_tokens: bool) -> None:
+def test_tensor_parallel_parts_have_the_codes_of_the_whole(run_ranks: RunRanks, recipe: str, shard_tokens: bool) -> None:
     options = PrecisionOptions(recipe=recipe)
     _, expected = region(single(), options)
     found = run_ranks(2, divided_region, options, shard_tokens, True)
@@ -309,6 +309,6 @@ def test_tensor_parallel_parts_have_the_codes_of_the_whole(run_ranks: RankPools,
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "fp8_tensorwise", "fp8_rowwise"])
-def test_without_the_reduction_codes_of_parts_differ(run_ranks: RankPools, recipe: str) -> None:
+def test_without_the_reduction_codes_of_parts_differ(run_ranks: RunRanks, recipe: str) -> None:
     found = run_ranks(2, divided_region, PrecisionOptions(recipe=recipe), False, False)
     assert not all(same for rank, _ in found for same in rank)

@@ -19,7 +19,7 @@ from megatron_ext.train.build import build_grid, prepare
 from megatron_ext.train.calibration import Calibration, byte_sizes, calibrate, designed_trials, halves, random_lengths
 from megatron_ext.train.calibration_fit import attention_efficiency, curve_of, fit_compute, nonnegative_least_squares, without_dips
 from megatron_ext.train.calibration_probes import Clock, Probe, TimedPacks, measure
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import ALONE
 from tests.train.tiny_run import write_run
 
@@ -187,7 +187,7 @@ def numbers(value: object) -> list[float]:
     return [float(value)]
 
 
-def test_every_measurement_goes_where_it_belongs(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_every_measurement_goes_where_it_belongs(run_ranks: RunRanks, tmp_path: Path) -> None:
     first, second = run_ranks(2, calibrated, write_run(tmp_path), [], measured_as_if)
     assert first.cost == second.cost
     assert numbers(cost_to_json(first.cost)) == pytest.approx(numbers(cost_to_json(TRUTH)), rel=1e-9)
@@ -218,7 +218,7 @@ def assert_usable(result: Calibration, tmp_path: Path) -> None:
     ids=["dp2", "dp2-ring", "pp2", "tp2"],
 )
 def test_two_ranks_measure_a_model_that_a_run_can_read(
-    run_ranks: RankPools, tmp_path: Path, overrides: list[str], curves: int, checks: int
+    run_ranks: RunRanks, tmp_path: Path, overrides: list[str], curves: int, checks: int
 ) -> None:
     first, second = run_ranks(2, calibrated, write_run(tmp_path), overrides)
     assert first.cost == second.cost and first.checks == second.checks
@@ -239,7 +239,7 @@ def test_two_ranks_measure_a_model_that_a_run_can_read(
     ],
     ids=["dp3", "pp2dp2", "zero1", "zero3"],
 )
-def test_other_grids_and_engines(fresh_ranks: RankPools, tmp_path: Path, ranks: int, overrides: list[str]) -> None:
-    results = fresh_ranks(ranks, calibrated, write_run(tmp_path), overrides)
+def test_other_grids_and_engines(run_ranks: RunRanks, tmp_path: Path, ranks: int, overrides: list[str]) -> None:
+    results = run_ranks(ranks, calibrated, write_run(tmp_path), overrides)
     assert all(each.cost == results[0].cost for each in results)
     assert_usable(results[0], tmp_path)

@@ -22,7 +22,7 @@ from megatron_ext.parallel.world import World
 from megatron_ext.planning import CostModel, Plan, plan_step
 from megatron_ext.train.build import build_optimizer
 from megatron_ext.train.engine import Engine, StepResult, owner_engine
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import data_grid, owner_optimizer
 from tests.train.tiny_run import VOCAB, random_documents, write_corpus, write_run
 
@@ -154,7 +154,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     ("ranks", "tokens_per_pack", "tied"), [(1, 48, False), (1, 4096, True), (2, 48, False), (2, 100, True), (3, 64, False)]
 )
 def test_packed_step_equals_the_sum_over_documents_in_float64(
-    run_ranks: RankPools, corpus: Corpus, ranks: int, tokens_per_pack: int, tied: bool
+    run_ranks: RunRanks, corpus: Corpus, ranks: int, tokens_per_pack: int, tied: bool
 ) -> None:
     loss, gradients = per_document(build(torch.float64, tied), pieces_of(corpus), corpus)
     results = run_ranks(ranks, gradients_by_packs, corpus.path, torch.float64, tokens_per_pack, tied)
@@ -164,7 +164,7 @@ def test_packed_step_equals_the_sum_over_documents_in_float64(
 
 @pytest.mark.parametrize(("ranks", "tokens_per_pack", "tied"), [(1, 100, False), (2, 48, True)])
 def test_packed_step_equals_transformers_document_by_document_in_float32(
-    run_ranks: RankPools, corpus: Corpus, ranks: int, tokens_per_pack: int, tied: bool
+    run_ranks: RunRanks, corpus: Corpus, ranks: int, tokens_per_pack: int, tied: bool
 ) -> None:
     loss, gradients = per_document_in_transformers(pieces_of(corpus), corpus, tied)
     results = run_ranks(ranks, gradients_by_packs, corpus.path, torch.float32, tokens_per_pack, tied)
@@ -213,7 +213,7 @@ def halves(corpus: Corpus) -> list[list[Piece]]:
 
 @pytest.mark.parametrize(("ranks", "tokens_per_pack"), [(1, 64), (2, 48), (2, 4096)])
 def test_clipped_updates_agree_with_torch_on_single_documents(
-    run_ranks: RankPools, corpus: Corpus, ranks: int, tokens_per_pack: int
+    run_ranks: RunRanks, corpus: Corpus, ranks: int, tokens_per_pack: int
 ) -> None:
     """With 4096 tokens a pack the second rank has no pack at all."""
     model = build(torch.float64)
@@ -243,7 +243,7 @@ def flags_and_sources(world: World, prefix: str) -> StepResult:
     return result
 
 
-def test_losses_are_told_apart_by_source_and_flags_summed(run_ranks: RankPools, corpus: Corpus) -> None:
+def test_losses_are_told_apart_by_source_and_flags_summed(run_ranks: RunRanks, corpus: Corpus) -> None:
     model = build(torch.float64)
     sides = [[piece for piece in pieces_of(corpus) if piece.document % 2 == side] for side in (0, 1)]
     counts = [sum(piece.loss_tokens for piece in side) for side in sides]

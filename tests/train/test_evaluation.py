@@ -20,7 +20,7 @@ from megatron_ext.planning.worker import PlanSettings
 from megatron_ext.train.engine import owner_engine
 from megatron_ext.train.evaluation import EvaluationResult, evaluate
 from megatron_ext.train.step_plans import StepPlanner
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import data_grid, owner_optimizer
 from tests.train.tiny_run import VOCAB, random_documents, write_corpus, write_run
 
@@ -70,7 +70,7 @@ def plainly(each: ValidationSet) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize(("ranks", "tokens_per_pack"), [(1, 32), (2, 100)])
-def test_equals_a_plain_computation(run_ranks: RankPools, tmp_path: Path, ranks: int, tokens_per_pack: int) -> None:
+def test_equals_a_plain_computation(run_ranks: RunRanks, tmp_path: Path, ranks: int, tokens_per_pack: int) -> None:
     write_run(tmp_path)
     for seed, name in enumerate(("train", "own")):
         write_corpus(tmp_path / name, random_documents(60, 100, seed=seed))

@@ -20,7 +20,7 @@ from megatron_ext.parallel.placement import Box, slices, whole_box
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from megatron_ext.train.engine import owner_engine
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import everywhere
 from tests.train.tiny_run import write_run
 
@@ -156,7 +156,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_run(tmp_path_factory.mktemp("grids")))
 
 
-def check(run_ranks: RankPools, config: str, case: Case, dtype: torch.dtype, limit: float) -> None:
+def check(run_ranks: RunRanks, config: str, case: Case, dtype: torch.dtype, limit: float) -> None:
     expected = train_alone(case, dtype, CLIP)
     assert min(expected["norms"]) > CLIP, "the clip must bite for this test to see it"
     results = run_ranks(case.ranks, train_on, config, case, dtype, CLIP)
@@ -191,7 +191,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_float64_steps_equal_one_process(run_ranks: RankPools, config: str, case: Case) -> None:
+def test_float64_steps_equal_one_process(run_ranks: RunRanks, config: str, case: Case) -> None:
     check(run_ranks, config, case, torch.float64, 1e-10)
 
 
@@ -205,12 +205,12 @@ def test_float64_steps_equal_one_process(run_ranks: RankPools, config: str, case
     ],
     ids=str,
 )
-def test_float32_steps_equal_one_process(run_ranks: RankPools, config: str, case: Case) -> None:
+def test_float32_steps_equal_one_process(run_ranks: RunRanks, config: str, case: Case) -> None:
     check(run_ranks, config, case, torch.float32, 1e-5)
 
 
 @pytest.mark.slow
-def test_all_three_axes_at_once(run_ranks: RankPools, config: str) -> None:
+def test_all_three_axes_at_once(run_ranks: RunRanks, config: str) -> None:
     check(run_ranks, config, Case(pp=2, tp=2, ranks=8, layers=(1, 2), tied=True, shard_tokens=True), torch.float64, 1e-10)
 
 
@@ -238,7 +238,7 @@ def train_without(world: World, config: str, case: Case, method: str) -> dict[st
     ],
     ids=str,
 )
-def test_the_comparison_notices_what_is_missing(run_ranks: RankPools, config: str, case: Case, method: str) -> None:
+def test_the_comparison_notices_what_is_missing(run_ranks: RunRanks, config: str, case: Case, method: str) -> None:
     expected = train_alone(case, torch.float64, CLIP)
     results = run_ranks(case.ranks, train_without, config, case, method)
     assert max(largest_error(result["gradients"], expected["gradients"]) for result in results) > 1e-3

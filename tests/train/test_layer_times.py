@@ -5,7 +5,7 @@ import pytest
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.parallel.world import World
 from megatron_ext.train.layer_times import LayerTimes, measure_layers
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import ALONE
 
 MODEL = ModelConfig(64, 32, 48, 2, 4, 2, 8, 64)
@@ -15,7 +15,7 @@ def times_on(world: World) -> LayerTimes:
     return measure_layers(MODEL, 64, world)
 
 
-def test_all_ranks_divide_by_the_same_times(run_ranks: RankPools) -> None:
+def test_all_ranks_divide_by_the_same_times(run_ranks: RunRanks) -> None:
     first, second = run_ranks(2, times_on)
     assert first == second and min(first.embedding, first.block, first.head) > 0
 

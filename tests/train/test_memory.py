@@ -20,7 +20,7 @@ from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from megatron_ext.train.build import build_optimizer
 from megatron_ext.train.memory import grids, largest_rank, rank_memory
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.train.tiny_run import write_run
 
 MODEL = ModelConfig(512, 64, 160, 4, 8, 4, 8, 256)
@@ -91,7 +91,7 @@ def states_on(world: World, shape: GridShape, dtype: torch.dtype, rule: RuleName
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [GridShape(1, 1, 1), GridShape(1, 2, 1), GridShape(1, 1, 2), GridShape(2, 1, 1)], ids=str)
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
-def test_states_are_those_of_the_optimizer(run_ranks: RankPools, path: str, shape: GridShape, dtype: torch.dtype, rule: RuleName) -> None:
+def test_states_are_those_of_the_optimizer(run_ranks: RunRanks, path: str, shape: GridShape, dtype: torch.dtype, rule: RuleName) -> None:
     config = config_of(
         path, f"parallel.pp={shape.pp}", "parallel.layers_per_stage=" + ("[2, 2]" if shape.pp == 2 else "null"), f"optimizer.rule={rule}"
     )

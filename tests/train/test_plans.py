@@ -24,7 +24,7 @@ from megatron_ext.planning.cost_model import AttentionShape
 from megatron_ext.train import packs as packs_module
 from megatron_ext.train.engine import Engine, owner_engine
 from megatron_ext.train.packs import PlannedPacks
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.grids import everywhere
 from tests.train.test_grids import CLIP, MODEL, Case, Recording, covered, largest_error
 from tests.train.tiny_run import write_run
@@ -135,7 +135,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_run(tmp_path_factory.mktemp("plans")))
 
 
-def check(run_ranks: RankPools, config: str, case: Case, dtype: torch.dtype, limit: float, plans: list[Plan]) -> None:
+def check(run_ranks: RunRanks, config: str, case: Case, dtype: torch.dtype, limit: float, plans: list[Plan]) -> None:
     expected = train_alone(case, dtype, len(plans))
     results = run_ranks(case.ranks, train_by_plans, config, case, dtype, plans)
     for result in results:
@@ -160,7 +160,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_float64_steps_by_random_plans_equal_one_process(run_ranks: RankPools, config: str, case: Case) -> None:
+def test_float64_steps_by_random_plans_equal_one_process(run_ranks: RunRanks, config: str, case: Case) -> None:
     data_ranks = case.ranks // case.pp // case.tp
     plans = [random_plan(data_ranks, seed, case.model.num_heads // case.tp) for seed in range(STEPS)]
     assert any(pack.degree > pack.ring for plan in plans for pack in plan.packs)
@@ -170,11 +170,11 @@ def test_float64_steps_by_random_plans_equal_one_process(run_ranks: RankPools, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(ranks=8), Case(tp=2, pp=2, ranks=8, layers=(1, 2), shard_tokens=True, tied=True)], ids=str)
-def test_random_plans_on_eight_ranks(run_ranks: RankPools, config: str, case: Case) -> None:
+def test_random_plans_on_eight_ranks(run_ranks: RunRanks, config: str, case: Case) -> None:
     test_float64_steps_by_random_plans_equal_one_process(run_ranks, config, case)
 
 
-def test_float32_steps_equal_one_process(run_ranks: RankPools, config: str) -> None:
+def test_float32_steps_equal_one_process(run_ranks: RunRanks, config: str) -> None:
     check(run_ranks, config, Case(ranks=4), torch.float32, 2e-5, [random_plan(4, seed) for seed in range(2)])
 
 
@@ -192,7 +192,7 @@ def losses_by_document(world: World, config: str, plan: Plan, changed: int | Non
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_changed_token_changes_no_other_document(run_ranks: RankPools, config: str, ranks: int) -> None:
+def test_a_changed_token_changes_no_other_document(run_ranks: RunRanks, config: str, ranks: int) -> None:
     changed = 4
     for seed in range(3):
         plan = random_plan(ranks, seed)
@@ -216,7 +216,7 @@ def exchanged(world: World, config: str, case: Case, plan: Plan) -> dict[str, in
 
 
 @pytest.mark.parametrize("case", [Case(ranks=4), Case(ranks=4, recompute="full", kv_heads=1)], ids=str)
-def test_a_step_sends_what_the_cost_model_says(run_ranks: RankPools, config: str, case: Case) -> None:
+def test_a_step_sends_what_the_cost_model_says(run_ranks: RunRanks, config: str, case: Case) -> None:
     model, forwards = case.model, 1 + (case.recompute == "full")
     shape = AttentionShape(model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim, 8, forwards)
     cost = CostModel(1000, attention=shape)
@@ -252,7 +252,7 @@ def resident_kib() -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 
-def test_a_plan_that_changes_every_step_leaks_nothing(run_ranks: RankPools, config: str) -> None:
+def test_a_plan_that_changes_every_step_leaks_nothing(run_ranks: RunRanks, config: str) -> None:
     for early, late, grown in run_ranks(4, changing_plans, config):
         assert early == late <= 5 + 3 + 3, "the grid's lines, blocks of 1, 2 and 4, rings of 2 in 2, 2 in 4 and 4 in 4"
         assert grown < 20_000
@@ -277,7 +277,7 @@ def train_without_sums(world: World, config: str, case: Case, plans: list[Plan])
         sequence._joined = original
 
 
-def test_the_comparison_notices_lost_gradients_of_copies(run_ranks: RankPools, config: str) -> None:
+def test_the_comparison_notices_lost_gradients_of_copies(run_ranks: RunRanks, config: str) -> None:
     case, plans = Case(ranks=4, kv_heads=1), [random_plan(4, seed) for seed in range(STEPS)]
     expected = train_alone(case, torch.float64, STEPS)
     results = run_ranks(4, train_without_sums, config, case, plans)

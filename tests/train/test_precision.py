@@ -13,14 +13,14 @@ from megatron_ext.checkpoint.manifest import seal
 from megatron_ext.config import load_config
 from megatron_ext.errors import ConfigError
 from megatron_ext.train.build import prepare
-from tests.distributed import RankError, RankPools
+from tests.distributed import RankError, RunRanks
 from tests.train.tiny_run import losses, master_weights, records, train, write_run
 
 ALL_LAYERS = {"high_precision_first": 0, "high_precision_last": 0}
 NVFP4 = {"recipe": "nvfp4", **ALL_LAYERS}
 
 
-def run(run_ranks: RankPools, folder: Path, *overrides: str, ranks: int = 1, precision: dict[str, Any] | None = None) -> dict[int, float]:
+def run(run_ranks: RunRanks, folder: Path, *overrides: str, ranks: int = 1, precision: dict[str, Any] | None = None) -> dict[int, float]:
     """Losses of a run of a small bfloat16 model."""
     options = {
         "train__dtype": "bfloat16",
@@ -43,13 +43,13 @@ def same_weights(first: Path, second: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def plain(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+def plain(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """A run that quantizes nothing."""
     return run(run_ranks, tmp_path_factory.mktemp("plain"), precision={"recipe": "bf16"})
 
 
 @pytest.fixture(scope="module")
-def straight(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An nvfp4 run of six steps, never interrupted."""
     folder = tmp_path_factory.mktemp("straight")
     run(run_ranks, folder)
@@ -57,17 +57,17 @@ def straight(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("recipe", ["fp8_tensorwise", "fp8_rowwise", "fp8_blockwise", "mxfp8", "nvfp4", "mxfp4"])
-def test_a_run_learns_near_bf16(run_ranks: RankPools, tmp_path: Path, plain: dict[int, float], recipe: str) -> None:
+def test_a_run_learns_near_bf16(run_ranks: RunRanks, tmp_path: Path, plain: dict[int, float], recipe: str) -> None:
     found = run(run_ranks, tmp_path, precision={"recipe": recipe, **ALL_LAYERS})
     assert found[6] < found[1] - 0.3 and found != plain
     assert max(abs(found[step] - plain[step]) for step in plain) < 0.03
 
 
 def test_a_run_says_what_is_quantized_and_keeps_the_first_and_last_blocks(
-    fresh_ranks: RankPools, tmp_path: Path, capfd: pytest.CaptureFixture
+    run_ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     config = write_run(tmp_path, train__steps=2, train__dtype="bfloat16", precision={"recipe": "nvfp4"}, model__num_layers=4)
-    fresh_ranks(1, train, config)
+    run_ranks(1, train, config)
     printed = capfd.readouterr().out
     assert re.search(r"precision +nvfp4, .*: 14 of 28 linears of blocks; not in the first 1 and the last 1 of 4 blocks", printed)
     assert re.search(r"products +emulated \(auto: emulated on cpu\)", printed)
@@ -84,14 +84,14 @@ def cut_back(straight: Path, target: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
-def test_resume_is_bit_exact_with_stochastic_rounding(run_ranks: RankPools, tmp_path: Path, straight: Path) -> None:
+def test_resume_is_bit_exact_with_stochastic_rounding(run_ranks: RunRanks, tmp_path: Path, straight: Path) -> None:
     cut_back(straight, tmp_path / "copy", 2)
     assert run(run_ranks, tmp_path / "copy") == losses(straight / "run")
     assert same_weights(tmp_path / "copy", straight)
 
 
 @pytest.mark.parametrize("changed", ["signs", "seed"])
-def test_resume_goes_on_with_the_saved_signs_and_seed(run_ranks: RankPools, tmp_path: Path, straight: Path, changed: str) -> None:
+def test_resume_goes_on_with_the_saved_signs_and_seed(run_ranks: RunRanks, tmp_path: Path, straight: Path, changed: str) -> None:
     """Both come from the checkpoint, and the comparison notices each."""
     path = cut_back(straight, tmp_path / "copy", 4) / "trainer_state.json"
     state = json.loads(path.read_text("utf-8"))
@@ -107,14 +107,14 @@ def test_resume_goes_on_with_the_saved_signs_and_seed(run_ranks: RankPools, tmp_
 @pytest.mark.parametrize(
     "change", ["train.activation_checkpointing=full", "train.activation_checkpointing=selective", "precision.stash=false"]
 )
-def test_computing_again_or_keeping_more_changes_no_bit(run_ranks: RankPools, tmp_path: Path, straight: Path, change: str) -> None:
+def test_computing_again_or_keeping_more_changes_no_bit(run_ranks: RunRanks, tmp_path: Path, straight: Path, change: str) -> None:
     assert run(run_ranks, tmp_path, change) == losses(straight / "run")
     assert same_weights(tmp_path, straight)
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
 def test_the_late_switch_comes_with_the_step_after_its_tokens(
-    run_ranks: RankPools, tmp_path: Path, straight: Path, forward_only: bool
+    run_ranks: RunRanks, tmp_path: Path, straight: Path, forward_only: bool
 ) -> None:
     tokens = {record["step"]: record["tokens"] for record in records(straight / "run", "train")}
     keys = [f"precision.switch_at_tokens={tokens[3]}", f"precision.forward_only={str(forward_only).lower()}"]
@@ -132,7 +132,7 @@ def distance(one: dict[int, float], other: dict[int, float]) -> float:
 
 
 def test_packs_couple_tokens_by_less_than_quantization_moves_the_run(
-    run_ranks: RankPools, tmp_path: Path, plain: dict[int, float], straight: Path
+    run_ranks: RunRanks, tmp_path: Path, plain: dict[int, float], straight: Path
 ) -> None:
     """What the options promise of plans, measured: scales of a tensor and blocks of tokens see the pack, and move losses a little."""
     expected = losses(straight / "run")
@@ -170,6 +170,6 @@ def test_what_cannot_be_is_refused_before_any_rank_speaks(tmp_path: Path, keys: 
     assert message in str(caught.value)
 
 
-def test_native_products_are_refused_where_there_are_none(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_native_products_are_refused_where_there_are_none(run_ranks: RunRanks, tmp_path: Path) -> None:
     with pytest.raises(RankError, match="precision.backend: 'native'; accepted with nvfp4 here: auto, emulated, because"):
         run(run_ranks, tmp_path, "precision.backend=native")

@@ -14,7 +14,7 @@ from megatron_ext.parallel.group import Group, Traffic
 from megatron_ext.parallel.pipeline import Stage
 from megatron_ext.parallel.placement import slices, whole_box
 from megatron_ext.parallel.tensor import TensorParallel
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.train.tiny_run import losses, master_weights, train, write_run
 
 GRIDS = {
@@ -34,7 +34,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def stayed(request: pytest.FixtureRequest, run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Path]:
+def stayed(request: pytest.FixtureRequest, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Path]:
     """A run that stayed on one process."""
     folder = tmp_path_factory.mktemp("stayed")
     run_ranks(1, train, write_run(folder, model__tie_embeddings=request.param, **OPTIONS))
@@ -42,7 +42,7 @@ def stayed(request: pytest.FixtureRequest, run_ranks: RankPools, tmp_path_factor
 
 
 @pytest.mark.parametrize("journey", [("tp2", "pp2", "dp2", "dp1"), ("pp2tp2", "tp4", "pp2dp2", "pp2tp2")], ids="-".join)
-def test_a_run_goes_on_across_grids(run_ranks: RankPools, tmp_path: Path, stayed: tuple[bool, Path], journey: tuple[str, ...]) -> None:
+def test_a_run_goes_on_across_grids(run_ranks: RunRanks, tmp_path: Path, stayed: tuple[bool, Path], journey: tuple[str, ...]) -> None:
     tied, _ = stayed
     config = write_run(tmp_path, model__tie_embeddings=tied, **OPTIONS)
     for leg, name in enumerate(journey, start=1):
@@ -58,7 +58,7 @@ def test_a_run_goes_on_across_grids(run_ranks: RankPools, tmp_path: Path, stayed
 
 
 @pytest.mark.parametrize("name", ["tp4", "pp2tp2", "pp2dp2"])
-def test_the_export_of_any_grid_is_the_model(run_ranks: RankPools, tmp_path: Path, name: str) -> None:
+def test_the_export_of_any_grid_is_the_model(run_ranks: RunRanks, tmp_path: Path, name: str) -> None:
     ranks, overrides = GRIDS[name]
     run_ranks(ranks, train, write_run(tmp_path, model__tie_embeddings=name == "pp2tp2", train__steps=2), overrides)
     exported = AutoModelForCausalLM.from_pretrained(checkpoint(tmp_path, 2))

@@ -12,7 +12,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.optim.muon import Muon
 from megatron_ext.parallel.world import World
 from megatron_ext.train.build import prepare
-from tests.distributed import RankError, RankPools
+from tests.distributed import RankError, RunRanks
 from tests.train.tiny_run import losses, master_weights, records, train, write_run
 
 OPTIONS: dict[str, Any] = {
@@ -31,7 +31,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 @pytest.mark.parametrize("rule", ["normuon", "adamp"])
-def test_a_run_goes_on_across_grids(run_ranks: RankPools, tmp_path: Path, rule: str) -> None:
+def test_a_run_goes_on_across_grids(run_ranks: RunRanks, tmp_path: Path, rule: str) -> None:
     rules = [f"optimizer.rule={rule}", "optimizer.adamp.delta=1.0", "optimizer.muon.split_heads=true"]
     config, stayed = write_run(tmp_path, **OPTIONS), write_run(tmp_path / "stayed", **OPTIONS)
     grids = [(2, ["parallel.tp=2"]), (4, ["parallel.pp=2"]), (4, ["parallel.tp=4"]), (1, [])]
@@ -47,12 +47,12 @@ def test_a_run_goes_on_across_grids(run_ranks: RankPools, tmp_path: Path, rule: 
         assert (seen[name] - value).abs().max() <= 1e-8 * value.abs().max(), name
 
 
-def test_a_run_resumes_to_the_bit_and_counts(fresh_ranks: RankPools, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_run_resumes_to_the_bit_and_counts(run_ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     options = {**OPTIONS, "optimizer__rule": "muon", "optimizer__muon": {"lr": 0.02}}
     stayed, stopped = write_run(tmp_path / "stayed", **options), write_run(tmp_path / "stopped", **options)
-    fresh_ranks(2, train, stayed)
+    run_ranks(2, train, stayed)
     for steps in (4, 8):
-        fresh_ranks(2, train, stopped, [f"train.steps={steps}"])
+        run_ranks(2, train, stopped, [f"train.steps={steps}"])
     assert losses(tmp_path / "stayed" / "run") == losses(tmp_path / "stopped" / "run")
     (last, *_) = records(tmp_path / "stayed" / "run", "train")[-1:]
     assert last["orthogonalizations"] == MATRICES
@@ -63,7 +63,7 @@ def test_a_run_resumes_to_the_bit_and_counts(fresh_ranks: RankPools, tmp_path: P
     assert not [event for event in records(tmp_path / "stopped" / "run", "event") if event["event"] == "state_change"]
 
 
-def test_changing_the_rule_says_what_begins_anew(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_changing_the_rule_says_what_begins_anew(run_ranks: RunRanks, tmp_path: Path) -> None:
     config = write_run(tmp_path, **OPTIONS)
     for steps, rule in ((2, "adamw"), (4, "muon"), (6, "normuon"), (8, "adamp")):
         run_ranks(2, train, config, [f"train.steps={steps}", f"optimizer.rule={rule}"])
@@ -93,13 +93,13 @@ def without_orthogonalization(world: World, config: str) -> None:
         Muon.step = original
 
 
-def test_a_step_that_orthogonalizes_nothing_is_an_error(fresh_ranks: RankPools, tmp_path: Path) -> None:
+def test_a_step_that_orthogonalizes_nothing_is_an_error(run_ranks: RunRanks, tmp_path: Path) -> None:
     config = write_run(tmp_path, **OPTIONS, optimizer__rule="muon")
     with pytest.raises(RankError, match="step 1: .* no matrix was orthogonalized"):
-        fresh_ranks(1, without_orthogonalization, str(config))
+        run_ranks(1, without_orthogonalization, str(config))
 
 
-def test_steps_do_not_depend_on_the_number_of_packs(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_steps_do_not_depend_on_the_number_of_packs(run_ranks: RunRanks, tmp_path: Path) -> None:
     """One pack, and many that accumulate."""
     found = {}
     for tokens in (256, 32):
@@ -118,14 +118,14 @@ def test_routes_are_refused_before_any_rank_speaks(tmp_path: Path) -> None:
         prepare(config)
 
 
-def test_zero_goes_on_only_with_the_state_of_adamw(fresh_ranks: RankPools, tmp_path: Path) -> None:
+def test_zero_goes_on_only_with_the_state_of_adamw(run_ranks: RunRanks, tmp_path: Path) -> None:
     config = write_run(tmp_path, **{**OPTIONS, "train__dtype": "float32"})
-    fresh_ranks(1, train, config, ["train.steps=2", "optimizer.rule=muon"])
+    run_ranks(1, train, config, ["train.steps=2", "optimizer.rule=muon"])
     with pytest.raises(RankError, match="q_proj.weight: the checkpoint has no exp_avg, exp_avg_sq, step, because another rule"):
-        fresh_ranks(1, train, config, ["optimizer.sharding=zero1"])
+        run_ranks(1, train, config, ["optimizer.sharding=zero1"])
 
 
-def test_bfloat16_keeps_momentum_in_float32(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_bfloat16_keeps_momentum_in_float32(run_ranks: RunRanks, tmp_path: Path) -> None:
     config = write_run(tmp_path, **{**OPTIONS, "train__dtype": "bfloat16", "optimizer__rule": "muon", "train__steps": 2})
     run_ranks(2, train, config, ["parallel.tp=2"])
     state = master_weights(checkpoint(tmp_path, 2))
@@ -142,7 +142,7 @@ GRIDS = [
 
 
 @pytest.fixture(scope="module")
-def clipped(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def clipped(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Steps of one process."""
     folder = tmp_path_factory.mktemp("clipped")
     run_ranks(1, train, write_run(folder, **CLIPPED))
@@ -151,7 +151,7 @@ def clipped(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> l
 
 @pytest.mark.parametrize(("ranks", "grid"), GRIDS, ids=["tp2", "tp4", "pp2", "block2"])
 def test_qk_clip_is_that_of_one_process(
-    run_ranks: RankPools, tmp_path: Path, clipped: list[dict[str, Any]], ranks: int, grid: list[str]
+    run_ranks: RunRanks, tmp_path: Path, clipped: list[dict[str, Any]], ranks: int, grid: list[str]
 ) -> None:
     run_ranks(ranks, train, write_run(tmp_path, **CLIPPED), grid)
     for mine, expected in zip(records(tmp_path / "run", "train"), clipped, strict=True):
@@ -159,7 +159,7 @@ def test_qk_clip_is_that_of_one_process(
         assert mine["clipped_heads"] == expected["clipped_heads"]
 
 
-def test_qk_clip_bounds_the_logits(run_ranks: RankPools, tmp_path: Path, clipped: list[dict[str, Any]]) -> None:
+def test_qk_clip_bounds_the_logits(run_ranks: RunRanks, tmp_path: Path, clipped: list[dict[str, Any]]) -> None:
     run_ranks(1, train, write_run(tmp_path, **{**CLIPPED, "optimizer__qk_clip": 1e9}))
     free = records(tmp_path / "run", "train")
     assert clipped[0]["max_logit"] == free[0]["max_logit"] > 0.1 and clipped[0]["clipped_heads"] > 0

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_ext.report.metrics import read_run
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.train.tiny_run import ROOT, losses, master_weights, records, start, train, write_run
 
 CHECKPOINTS = "run/checkpoints"
@@ -76,7 +76,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert seen == expected
 
 
-def test_killed_again_and_again_a_run_ends_as_if_it_never_was(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_killed_again_and_again_a_run_ends_as_if_it_never_was(run_ranks: RunRanks, tmp_path: Path) -> None:
     """kill -9 at a random step and in the middle of a save, then stopped by ``tools/stop.py``, then to the end."""
     reference, folder = tmp_path / "reference", tmp_path / "killed"
     run_ranks(1, train, write_run(reference, **LONG))
@@ -108,7 +108,7 @@ def test_killed_again_and_again_a_run_ends_as_if_it_never_was(run_ranks: RankPoo
     assert [record.step for record in run.train] == list(range(1, 151))
 
 
-def test_the_launcher_kills_stops_and_resumes(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_the_launcher_kills_stops_and_resumes(run_ranks: RunRanks, tmp_path: Path) -> None:
     """Two ranks through ``deepspeed``: one rank killed, then SIGTERM to one rank, then to the end."""
     reference, folder = tmp_path / "reference", tmp_path / "launched"
     run_ranks(2, train, write_run(reference, **LONG))
@@ -196,7 +196,7 @@ def test_stop_refuses_what_is_no_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_configuration_of_the_run_starts_it_again(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_the_configuration_of_the_run_starts_it_again(run_ranks: RunRanks, tmp_path: Path) -> None:
     """config.yaml in the run directory is the whole configuration; the checkpoint loads in transformers as it lies."""
     config = write_run(tmp_path, train__steps=2)
     code, out = outcome(config)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import RankError, RankPools
+from tests.distributed import RankError, RunRanks
 from tests.train.test_trainer import CHECKPOINTS, drop_after, same_tensors
 from tests.train.tiny_run import losses, master_weights, records, train, write_run
 
@@ -14,7 +14,7 @@ SHARED = {"planning__tokens_per_pack": 16}
 
 
 @pytest.fixture(scope="module")
-def alone(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+def alone(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Losses of a run on one rank, in float64."""
     folder = tmp_path_factory.mktemp("alone")
     run_ranks(1, train, write_run(folder, train__dtype="float64"))
@@ -34,7 +34,7 @@ def alone(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dic
     ids=["static2", "best_static", "adaptive", "adaptive-3-now", "adaptive-pp2", "adaptive-tp2"],
 )
 def test_losses_are_those_of_one_rank(
-    run_ranks: RankPools, tmp_path: Path, alone: dict[int, float], ranks: int, changes: dict[str, object]
+    run_ranks: RunRanks, tmp_path: Path, alone: dict[int, float], ranks: int, changes: dict[str, object]
 ) -> None:
     run_ranks(ranks, train, write_run(tmp_path, train__dtype="float64", **SHARED, **changes))
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-10, abs=0)
@@ -50,7 +50,7 @@ def test_losses_are_those_of_one_rank(
         assert max(pack[6] for pack in plan["packs"]) == pytest.approx(plan["seconds"]) and plan["seconds"] >= plan["bound"] * (1 - 1e-9)
 
 
-def test_a_block_of_more_ranks_than_heads_goes_around_a_ring(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_a_block_of_more_ranks_than_heads_goes_around_a_ring(run_ranks: RunRanks, tmp_path: Path) -> None:
     one_head = {"model__num_heads": 1, "model__num_kv_heads": 1, "train__dtype": "float64"}
     run_ranks(1, train, write_run(tmp_path / "alone", **one_head))
     run_ranks(2, train, write_run(tmp_path / "ring", planning__policy="adaptive", planning__largest_degree=2, **SHARED, **one_head))
@@ -60,14 +60,14 @@ def test_a_block_of_more_ranks_than_heads_goes_around_a_ring(run_ranks: RankPool
 
 
 @pytest.mark.parametrize("sharding", ["zero1", "zero3"])
-def test_zero_shares_packs_too(fresh_ranks: RankPools, tmp_path: Path, sharding: str) -> None:
-    fresh_ranks(1, train, write_run(tmp_path / "alone"))
-    fresh_ranks(4, train, write_run(tmp_path / "shared", optimizer__sharding=sharding, planning__policy="adaptive", **SHARED))
+def test_zero_shares_packs_too(run_ranks: RunRanks, tmp_path: Path, sharding: str) -> None:
+    run_ranks(1, train, write_run(tmp_path / "alone"))
+    run_ranks(4, train, write_run(tmp_path / "shared", optimizer__sharding=sharding, planning__policy="adaptive", **SHARED))
     assert losses(tmp_path / "shared/run") == pytest.approx(losses(tmp_path / "alone/run"), rel=2e-5, abs=0)
     assert any(set(step["tokens_by_degree"]) - {"1"} for step in records(tmp_path / "shared/run", "train")), "some documents were shared"
 
 
-def test_resume_is_bit_exact(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_resume_is_bit_exact(run_ranks: RunRanks, tmp_path: Path) -> None:
     changes = {"planning__policy": "adaptive", "checkpoint__keep_last": 9, **SHARED}
     run_ranks(4, train, write_run(tmp_path / "whole", **changes))
     parted = write_run(tmp_path / "parted", **changes)
@@ -78,7 +78,7 @@ def test_resume_is_bit_exact(run_ranks: RankPools, tmp_path: Path) -> None:
     assert same_tensors(*(master_weights(tmp_path / name / CHECKPOINTS / "step_00000008") for name in ("parted", "whole")))
 
 
-def test_costs_are_corrected_at_checkpoints_and_kept_in_them(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_costs_are_corrected_at_checkpoints_and_kept_in_them(run_ranks: RunRanks, tmp_path: Path) -> None:
     config = write_run(tmp_path, planning__policy="adaptive", planning__correct=True, **SHARED)
     run_ranks(2, train, config, ["train.steps=6"])
     first = [event for event in records(tmp_path / "run", "event") if event["event"] == "cost_correction"]
@@ -92,13 +92,13 @@ def test_costs_are_corrected_at_checkpoints_and_kept_in_them(run_ranks: RankPool
     assert predicted[7] / predicted[2] == pytest.approx(factors[6], rel=0.6), "step 7 was planned by the costs that step 6 saved"
 
 
-def test_a_document_that_no_block_holds_is_named(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_a_document_that_no_block_holds_is_named(run_ranks: RunRanks, tmp_path: Path) -> None:
     config = write_run(tmp_path, planning__policy="adaptive", planning__tokens_per_pack=15)
     with pytest.raises(RankError, match=r"(prose|code)\.bin, document \d+: 3[12] tokens; the largest block holds 30"):
         run_ranks(2, train, config)
 
 
-def test_a_document_that_no_block_holds_is_cut_where_that_is_allowed(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_a_document_that_no_block_holds_is_cut_where_that_is_allowed(run_ranks: RunRanks, tmp_path: Path) -> None:
     config = write_run(tmp_path, planning__policy="adaptive", planning__tokens_per_pack=15, planning__split_long=True)
     run_ranks(2, train, config)
     alone = write_run(tmp_path / "alone", planning__tokens_per_pack=32)
@@ -112,7 +112,7 @@ def test_a_document_that_no_block_holds_is_cut_where_that_is_allowed(run_ranks: 
         assert plan["seconds"] == pytest.approx(step["plan_seconds"])
 
 
-def test_plans_made_ahead_are_those_made_when_they_are_needed(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_plans_made_ahead_are_those_made_when_they_are_needed(run_ranks: RunRanks, tmp_path: Path) -> None:
     plans = []
     for ahead in (0, 3):
         run_ranks(2, train, write_run(tmp_path / str(ahead), planning__policy="adaptive", planning__ahead=ahead, **SHARED))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.train.stopping import StopRequest, forget_request, request_stop
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.train.tiny_run import losses, records, train, write_run
 
 
@@ -42,7 +42,7 @@ def test_a_run_that_is_not_there_cannot_be_asked(tmp_path: Path) -> None:
         request_stop(tmp_path / "nowhere")
 
 
-def test_one_rank_asked_stops_all_after_the_same_step(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_one_rank_asked_stops_all_after_the_same_step(run_ranks: RunRanks, tmp_path: Path) -> None:
     """The file is there from the start: the run does one step, saves it and ends, and goes on from there the next time."""
     config = write_run(tmp_path, checkpoint__every=100)
     (tmp_path / "run").mkdir()

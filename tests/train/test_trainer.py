@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_ext.report.metrics import read_run
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.train.tiny_run import losses, master_weights, records, train, write_run
 
 CHECKPOINTS = "run/checkpoints"
@@ -34,7 +34,7 @@ def drop_after(folder: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight steps on two ranks, never interrupted, with all its checkpoints (3, 6, 8)."""
     folder = tmp_path_factory.mktemp("straight")
     run_ranks(2, train, write_run(folder, checkpoint__keep_last=9))
@@ -65,7 +65,7 @@ def test_a_run_writes_what_the_report_reads(straight: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_resume_on_the_same_ranks_is_bit_exact(run_ranks: RankPools, straight: Path, tmp_path: Path, step: int) -> None:
+def test_resume_on_the_same_ranks_is_bit_exact(run_ranks: RunRanks, straight: Path, tmp_path: Path, step: int) -> None:
     config = copy_of(straight, tmp_path, until=step)
     run_ranks(2, train, config)
     assert losses(tmp_path / "run") == losses(straight / "run")
@@ -77,7 +77,7 @@ def test_resume_on_the_same_ranks_is_bit_exact(run_ranks: RankPools, straight: P
     assert states[0]["data"] == states[1]["data"] and states[0]["tokens"] == states[1]["tokens"] and states[0]["rng"] == states[1]["rng"]
 
 
-def test_the_comparison_notices_a_slightly_different_run(run_ranks: RankPools, straight: Path, tmp_path: Path) -> None:
+def test_the_comparison_notices_a_slightly_different_run(run_ranks: RunRanks, straight: Path, tmp_path: Path) -> None:
     run_ranks(2, train, copy_of(straight, tmp_path, until=6), ["optimizer.lr=0.0100001"])
     seen, expected = losses(tmp_path / "run"), losses(straight / "run")
     assert seen[7] == expected[7] and seen[8] != expected[8]
@@ -85,7 +85,7 @@ def test_the_comparison_notices_a_slightly_different_run(run_ranks: RankPools, s
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
-def test_resume_on_other_ranks_agrees_within_reduction_order(run_ranks: RankPools, tmp_path: Path, before: int, after: int) -> None:
+def test_resume_on_other_ranks_agrees_within_reduction_order(run_ranks: RunRanks, tmp_path: Path, before: int, after: int) -> None:
     whole = write_run(tmp_path / "whole", train__dtype="float64")
     run_ranks(before, train, whole)
     parted = write_run(tmp_path / "parted", train__dtype="float64")
@@ -99,7 +99,7 @@ def test_resume_on_other_ranks_agrees_within_reduction_order(run_ranks: RankPool
     assert largest_error(seen, reference) < 1e-8
 
 
-def test_bf16_run_resumes_bit_exactly_from_float32_masters(run_ranks: RankPools, tmp_path: Path) -> None:
+def test_bf16_run_resumes_bit_exactly_from_float32_masters(run_ranks: RunRanks, tmp_path: Path) -> None:
     whole = write_run(tmp_path / "whole", train__dtype="bfloat16")
     run_ranks(2, train, whole)
     parted = write_run(tmp_path / "parted", train__dtype="bfloat16")

@@ -7,7 +7,7 @@ import torch
 
 from megatron_ext.config import load_config
 from megatron_ext.errors import ConfigError
-from tests.distributed import RankPools
+from tests.distributed import RunRanks
 from tests.train.tiny_run import losses, master_weights, train, write_run
 
 STAGES = ["zero1", "zero2", "zero3"]
@@ -17,7 +17,7 @@ def last_checkpoint(folder: Path) -> Path:
     return sorted((folder / "run" / "checkpoints").glob("step_*"))[-1]
 
 
-def run(run_ranks: RankPools, folder: Path, sharding: str, ranks: int, *overrides: str, **changes: object) -> tuple[dict[int, float], dict]:
+def run(run_ranks: RunRanks, folder: Path, sharding: str, ranks: int, *overrides: str, **changes: object) -> tuple[dict[int, float], dict]:
     """Losses, and the master weights and moments of the last checkpoint."""
     config = write_run(folder, **{"optimizer__sharding": sharding, "optimizer__eps": 0.01, **changes})
     run_ranks(ranks, train, config, overrides)
@@ -25,7 +25,7 @@ def run(run_ranks: RankPools, folder: Path, sharding: str, ranks: int, *override
 
 
 @pytest.fixture(scope="module")
-def alone(run_ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], dict]:
+def alone(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], dict]:
     """The owner optimizer on one process."""
     return run(run_ranks, tmp_path_factory.mktemp("alone"), "whole_tensor", 1)
 
@@ -37,7 +37,7 @@ def largest_error(seen: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("sharding", STAGES)
 def test_losses_and_state_are_those_of_one_process(
-    run_ranks: RankPools, tmp_path: Path, alone: tuple[dict[int, float], dict], sharding: str
+    run_ranks: RunRanks, tmp_path: Path, alone: tuple[dict[int, float], dict], sharding: str
 ) -> None:
     seen, state = run(run_ranks, tmp_path, sharding, 2)
     assert seen == pytest.approx(alone[0], rel=1e-5)
@@ -46,7 +46,7 @@ def test_losses_and_state_are_those_of_one_process(
 
 @pytest.mark.parametrize(("before", "after"), [("zero3", "whole_tensor"), ("whole_tensor", "zero2"), ("zero1", "zero3")])
 def test_resumes_under_another_sharding_and_number_of_ranks(
-    run_ranks: RankPools, tmp_path: Path, alone: tuple[dict[int, float], dict], before: str, after: str
+    run_ranks: RunRanks, tmp_path: Path, alone: tuple[dict[int, float], dict], before: str, after: str
 ) -> None:
     config = write_run(tmp_path, optimizer__sharding=before, optimizer__eps=0.01, train__steps=8)
     run_ranks(2, train, config, ["train.steps=5", "schedule.kind=constant"])
@@ -56,7 +56,7 @@ def test_resumes_under_another_sharding_and_number_of_ranks(
 
 
 @pytest.mark.parametrize("sharding", STAGES)
-def test_the_checkpoint_loads_in_transformers(run_ranks: RankPools, tmp_path: Path, sharding: str) -> None:
+def test_the_checkpoint_loads_in_transformers(run_ranks: RunRanks, tmp_path: Path, sharding: str) -> None:
     from transformers import AutoModelForCausalLM
 
     _, state = run(run_ranks, tmp_path, sharding, 2, train__steps=2, train__dtype="bfloat16")
