@@ -53,7 +53,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, pack.cos, pack.sin), apply_rope(k, pack.cos, pack.sin)
-        out = shared_attention(q, k, v, pack.sharing, self._attend(pack))
+        out = shared_attention(q, k, v, pack.sharing, self._attend(pack), self.tp.wire)
         return self.tp.leave(self.o_proj(out.flatten(1)))
 
     def _attend(self, pack: PackContext) -> Attend:

@@ -2,15 +2,18 @@
 
 import difflib
 import re
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.kernels.accelerators import transformer_engine
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.parallel.tensor import DividedLinear, RowLinear
 from megatron_ext.precision.linear import LinearPrecision
 from megatron_ext.precision.recipe import LinearRecipe, Recipe
 from megatron_ext.precision.state import PrecisionState
+from megatron_ext.precision.wire import Wire
 
 LINEAR = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.\w+_proj\.weight")
 """Weights of the linears inside blocks."""
@@ -41,12 +44,17 @@ def linear_recipes(config: ModelConfig, recipe: Recipe) -> dict[str, LinearRecip
 def set_recipe(model: GPT, recipe: Recipe, state: PrecisionState) -> None:
     """Let the linears of ``model`` compute as ``recipe`` says, in the steps that ``state`` tells them of."""
     model.precision = state
+    if recipe.options.communication is not None:
+        _code_communication(model, recipe, Wire(recipe.options.communication, state))
     recipes = linear_recipes(model.config, recipe)
     for name, module in model.named_modules():
         found = recipes.get(f"{name}.weight")
         if found is None:
             continue
         assert isinstance(module, DividedLinear), "what is named so is one"
+        if recipe.options.backend == "transformer_engine":
+            module.accelerated = transformer_engine.Linear(module.weight, recipe.options.recipe)
+            continue
         module.precision = LinearPrecision(
             f"{name}.weight",
             found,
@@ -58,3 +66,12 @@ def set_recipe(model: GPT, recipe: Recipe, state: PrecisionState) -> None:
             stash=recipe.options.stash,
             backend=recipe.options.backend,
         )
+
+
+def _code_communication(model: GPT, recipe: Recipe, wire: Wire) -> None:
+    """Let the blocks that are not kept in high precision send codes."""
+    first, last = recipe.kept_layers(model.config.num_layers)
+    for layer, block in model.model.layers.items():
+        if first <= int(layer) < model.config.num_layers - last:
+            for region in (block.self_attn, block.mlp):
+                region.tp = replace(region.tp, wire=wire)

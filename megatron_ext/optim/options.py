@@ -89,6 +89,8 @@ class OptimizerOptions:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms and biases are not decayed."""
+    adamw: Literal["torch", "apex"] = "torch"
+    """What computes adamw: PyTorch's fused step, or that of NVIDIA's apex on GPUs, where it is installed."""
     muon: MuonOptions = field(default_factory=MuonOptions)
     """Of muon and normuon."""
     adamp: AdamPOptions = field(default_factory=AdamPOptions)
@@ -129,6 +131,12 @@ class OptimizerOptions:
                 "qk_clip",
                 self.qk_clip,
                 "null with ZeRO, which has no rows to scale",
+            ),
+            (
+                self.adamw == "torch" or self.sharding == "whole_tensor",
+                "adamw",
+                self.adamw,
+                "torch with ZeRO, which counts steps in one flat tensor",
             ),
             (0 <= self.qk_clip_alpha <= 1, "qk_clip_alpha", self.qk_clip_alpha, "between 0 and 1"),
             (self.clip_norm >= 0, "clip_norm", self.clip_norm, "at least 0; 0 switches clipping off"),

@@ -4,11 +4,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megatron_ext.errors import ConfigError
+from megatron_ext.kernels.accelerators import apex
 from megatron_ext.optim.adamp import AdamP
 from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.muon import Muon
@@ -69,7 +71,14 @@ def build_rules(options: OptimizerOptions, placements: Mapping[str, Placement], 
 
 def _adamw(options: OptimizerOptions) -> Rule:
     def make(named: Named) -> torch.optim.Optimizer:
-        return AdamW(decay_groups(named, options.weight_decay), lr=options.lr, betas=tuple(options.betas), eps=options.eps)
+        numbers: dict[str, Any] = dict(lr=options.lr, betas=tuple(options.betas), eps=options.eps)
+        groups = decay_groups(named, options.weight_decay)
+        if options.adamw == "torch":
+            return AdamW(groups, **numbers)
+        reason = apex.status(named[0][1].device).services["AdamW"]
+        if reason is not None:
+            raise ConfigError(f"optimizer.adamw: 'apex'; accepted here: torch, because AdamW by apex {reason}")
+        return apex.fused_adamw(groups, weight_decay=options.weight_decay, **numbers)
 
     return Rule("adamw", make)
 

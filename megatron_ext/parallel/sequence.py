@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ext.parallel.group import Group
 from megatron_ext.parallel.split import even_split
+from megatron_ext.precision.wire import Wire, rounded_backward, rounded_forward
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -34,7 +35,7 @@ class Sharing:
     """As ``ring_attention`` takes them."""
 
 
-def shared_attention(q: Tensor, k: Tensor, v: Tensor, sharing: Sharing | None, attend: Attend) -> Tensor:
+def shared_attention(q: Tensor, k: Tensor, v: Tensor, sharing: Sharing | None, attend: Attend, wire: Wire | None = None) -> Tensor:
     """Attention whose tokens are spread over ranks.
 
     Args:
@@ -43,20 +44,23 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, sharing: Sharing | None, a
         v: as ``k``.
         sharing: who has the other tokens; None: nobody.
         attend: attention of [T, h, D] and twice [T, hkv, D] with all tokens of the sharing ranks, giving [T, h, D].
+        wire: sends q, k, v, the output and its gradient as codes; values are rounded to them however many ranks share. None: as they are.
 
     Returns:
         [t, H, D]. With n ranks, sends (n - 1) / n of q and of the output, and of k and v once for each rank that reads them; as much
         backward.
     """
     if sharing is None or sharing.heads.size == 1:
-        return attend(q, k, v)
+        q, k, v = (rounded_forward(x, wire) for x in (q, k, v))
+        return rounded_forward(rounded_backward(attend(q, k, v), wire), wire)
+    wire = wire if wire is not None and wire.codes else None
     heads = divide_heads(q.shape[1], k.shape[1], sharing.heads.size)
-    q, k, v = _TokensToHeads.apply(sharing, heads, q, k, v)
+    q, k, v = _TokensToHeads.apply(sharing, heads, wire, q, k, v)
     readers = heads.readers(sharing.heads.rank)
     if readers is not None:
         index = torch.tensor(readers, device=k.device)
         k, v = k.index_select(1, index), v.index_select(1, index)
-    return _HeadsToTokens.apply(sharing, heads, attend(q, k, v))
+    return _HeadsToTokens.apply(sharing, heads, wire, attend(q, k, v))
 
 
 def attended_heads(query_heads: int, kv_heads: int, sharing: Sharing | None) -> range:
@@ -95,40 +99,48 @@ def divide_heads(query_heads: int, kv_heads: int, ranks: int) -> HeadRanges:
 
 
 class _TokensToHeads(torch.autograd.Function):
-    """From some tokens of all heads to all tokens of some heads; queries, keys and values in one all-to-all."""
+    """From some tokens of all heads to all tokens of some heads; queries, keys and values in one all-to-all.
+
+    Their gradients are never coded: those of a head that several ranks have are summed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, sharing: Sharing, heads: HeadRanges, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, sharing: Sharing, heads: HeadRanges, wire: Wire | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.sharing, ctx.heads = sharing, heads
-        return _to_heads(sharing, [(q, heads.queries), (k, heads.keys), (v, heads.keys)])
+        q, k, v = _to_heads(sharing, [(q, heads.queries), (k, heads.keys), (v, heads.keys)], wire)
+        return q, k, v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[None, None, None, Tensor, Tensor, Tensor]:
         heads = ctx.heads
-        return None, None, *_to_tokens(ctx.sharing, [(dq, heads.queries), (dk, heads.keys), (dv, heads.keys)])
+        return None, None, None, *_to_tokens(ctx.sharing, [(dq, heads.queries), (dk, heads.keys), (dv, heads.keys)], None)
 
 
 class _HeadsToTokens(torch.autograd.Function):
     """From all tokens of some heads to some tokens of all heads."""
 
     @staticmethod
-    def forward(ctx: Any, sharing: Sharing, heads: HeadRanges, out: Tensor) -> Tensor:
-        ctx.sharing, ctx.heads = sharing, heads
-        return _to_tokens(sharing, [(out, heads.queries)])[0]
+    def forward(ctx: Any, sharing: Sharing, heads: HeadRanges, wire: Wire | None, out: Tensor) -> Tensor:
+        ctx.sharing, ctx.heads, ctx.wire = sharing, heads, wire
+        return _to_tokens(sharing, [(out, heads.queries)], wire)[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, _to_heads(ctx.sharing, [(grad, ctx.heads.queries)])[0]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
+        return None, None, None, _to_heads(ctx.sharing, [(grad, ctx.heads.queries)], ctx.wire)[0]
 
 
 Parts = Sequence[tuple[Tensor, tuple[range, ...]]]
 """Tensors, and the heads of each that each rank computes."""
 
 
-def _to_heads(sharing: Sharing, parts: Parts) -> tuple[Tensor, ...]:
-    """From [t, H, D] each to [T, h, D] each, views of one buffer."""
+def _to_heads(sharing: Sharing, parts: Parts, wire: Wire | None) -> list[Tensor]:
+    """From [t, H, D] each to [T, h, D] each."""
+    if wire is not None:
+        return _decoded(wire, parts, _to_heads(sharing, _encoded(wire, parts), None))
     group, first = sharing.heads, parts[0][0]
     tokens, head_dim = sharing.tokens[group.rank], first.shape[-1]
     counts = _head_counts(parts, group.size)
@@ -137,11 +149,21 @@ def _to_heads(sharing: Sharing, parts: Parts) -> tuple[Tensor, ...]:
         torch.cat([x[:, _slice(ranges[rank])] for x, ranges in parts], dim=1, out=buffer.view(tokens, counts[rank], head_dim))
     mine = counts[group.rank] * head_dim
     received = group.all_to_all(sent, [tokens * count * head_dim for count in counts], [mine * each for each in sharing.tokens])
-    return received.view(sum(sharing.tokens), counts[group.rank], head_dim).split([len(r[group.rank]) for _, r in parts], dim=1)
+    return list(received.view(sum(sharing.tokens), counts[group.rank], head_dim).split([len(r[group.rank]) for _, r in parts], dim=1))
 
 
-def _to_tokens(sharing: Sharing, parts: Parts) -> list[Tensor]:
+def _encoded(wire: Wire, parts: Parts) -> Parts:
+    return [(wire.encode(x), ranges) for x, ranges in parts]
+
+
+def _decoded(wire: Wire, parts: Parts, received: Sequence[Tensor]) -> list[Tensor]:
+    return [wire.decode(coded, x.shape[-1], x.dtype) for coded, (x, _) in zip(received, parts, strict=True)]
+
+
+def _to_tokens(sharing: Sharing, parts: Parts, wire: Wire | None) -> list[Tensor]:
     """From [T, h, D] each to [t, H, D] each, the values of heads that several ranks have summed."""
+    if wire is not None:
+        return _decoded(wire, parts, _to_tokens(sharing, _encoded(wire, parts), None))
     group, first = sharing.heads, parts[0][0]
     tokens, head_dim = sharing.tokens[group.rank], first.shape[-1]
     counts = _head_counts(parts, group.size)

@@ -5,6 +5,7 @@ matrix. Outside it every rank has all tokens, or, with ``shard_tokens``, ceil(T 
 (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2): the zero rows reach no gradient, because ``enter`` drops them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from megatron_ext.parallel.group import Group, Traffic
 from megatron_ext.parallel.split import Split, even_split, head_split
 from megatron_ext.precision.linear import LinearPrecision, SharedInput, quantized_linear
+from megatron_ext.precision.wire import Wire, rounded_backward, rounded_forward
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,32 @@ class TensorParallel:
 
     group: Group
     shard_tokens: bool = False
+    wire: Wire | None = None
+    """Sends what is gathered as codes; values are rounded to them on every grid, so that the grid changes no result."""
 
     def enter(self, x: Tensor, tokens: int) -> Tensor:
         """From outside a region into it: [T, h], or this rank's [ceil(T / n), h] -> [T, h].
 
-        With B the bytes of [T, h], sends backward 2 B (n - 1) / n; with ``shard_tokens`` B (n - 1) / n forward and backward.
+        With B the bytes of [T, h], sends backward 2 B (n - 1) / n; with ``shard_tokens`` B (n - 1) / n forward and backward, or forward
+        the bytes of its codes.
         """
-        if self.group.size == 1:
-            return x
-        return _GatherTokens.apply(x, self.group, tokens) if self.shard_tokens else _Copy.apply(x, self.group)
+        if self.shard_tokens and self.group.size > 1:
+            return _GatherTokens.apply(x, self, tokens)
+        x = rounded_forward(x, self.wire)
+        return x if self.group.size == 1 else _Copy.apply(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
         """Sum of the ranks' ``x`` [T, h] -> [T, h], or this rank's [ceil(T / n), h]. Sends as ``enter``, with forward for backward."""
-        if self.group.size == 1:
-            return x
-        return _ScatterTokens.apply(x, self.group) if self.shard_tokens else _Sum.apply(x, self.group)
+        if self.shard_tokens and self.group.size > 1:
+            return _ScatterTokens.apply(x, self)
+        x = rounded_backward(x, self.wire)
+        return x if self.group.size == 1 else _Sum.apply(x, self.group)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' ``x`` [t, h], one after another [n t, h]."""
+        if self.wire is None or not self.wire.codes:
+            return self.group.all_gather(x)
+        return self.wire.decode(self.group.all_gather(self.wire.encode(x)), x.shape[-1], x.dtype)
 
     def rows(self, total: int) -> Split:
         """This rank's part of a dimension."""
@@ -59,9 +72,14 @@ class DividedLinear(nn.Linear):
 
     split: Split
     precision: LinearPrecision | None = None
+    accelerated: Callable[[Tensor], Tensor] | None = None
+    """Computes x W^T in low precision instead."""
 
     def forward(self, x: Tensor, shared: SharedInput | None = None) -> Tensor:
         """This rank's part of x W^T [T, out] from ``x`` [T, in]; ``shared``: what linears with this input have in common."""
+        if self.accelerated is not None:
+            y = self.accelerated(x)
+            return y if self.bias is None else y + self.bias
         if self.precision is None:
             return F.linear(x, self.weight, self.bias)
         return quantized_linear(x, self.weight, self.bias, self.precision, shared)
@@ -135,9 +153,9 @@ class _GatherTokens(torch.autograd.Function):
     """All tokens from each rank's; gradients are summed and divided again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, tokens: int) -> Tensor:
-        ctx.group = group
-        return group.all_gather(x)[:tokens]
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, tokens: int) -> Tensor:
+        ctx.group = tp.group
+        return tp.gather(x)[:tokens]
 
     @staticmethod
     @once_differentiable
@@ -149,14 +167,14 @@ class _ScatterTokens(torch.autograd.Function):
     """Sum over the ranks, of which each gets its tokens; gradients are gathered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group, ctx.tokens = group, len(x)
-        return group.reduce_scatter(_padded(x, group.size))
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp, ctx.tokens = tp, len(x)
+        return tp.group.reduce_scatter(_padded(x, tp.group.size))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.all_gather(grad)[: ctx.tokens], None
+        return ctx.tp.gather(grad)[: ctx.tokens], None
 
 
 def _padded(x: Tensor, parts: int) -> Tensor:

@@ -1,9 +1,11 @@
 """What a user can say about low-precision training."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_ext.option_rules import require
+from megatron_ext.kernels.accelerators.transformer_engine import RECIPES
+from megatron_ext.option_rules import require, shown
 
 RecipeName = Literal["bf16", "fp8_tensorwise", "fp8_rowwise", "fp8_blockwise", "mxfp8", "nvfp4", "mxfp4"]
 GemmName = Literal["forward", "input_gradient", "weight_gradient"]
@@ -52,9 +54,16 @@ class PrecisionOptions:
     """Quantize no longer in steps that begin after so many tokens of training; null: never."""
     forward_only: bool = False
     """Let only the forward product switch."""
-    backend: Literal["auto", "emulated", "native"] = "auto"
+    backend: Literal["auto", "emulated", "native", "transformer_engine"] = "auto"
     """``emulated``: the numbers are exactly those of the format, the products are of bfloat16 or float32 at best at their speed;
-    ``native``: the device's own products; ``auto``: native where the device has them. Printed at start."""
+    ``native``: the device's own products; ``auto``: native where the device has them. Printed at start. ``transformer_engine``: its own
+    linears in its recipe of that name, whose scales, signs and random numbers are its own; see its adapter."""
+    communication: Literal["mxfp8", "mxfp4"] | None = None
+    """Hand activations and gradients from rank to rank as codes with a scale for every 32, in about 0.52 or 0.27 of the bytes of bfloat16:
+    in blocks that are not kept in high precision, what tensor-parallel ranks gather (``parallel.sequence_parallel_activations``), and
+    what ranks that share a pack exchange by heads, but for the gradients of q, k and v. Sums stay as they are, and so do rings. Values
+    are rounded on every grid, on one rank too, so that the grid changes no result. After the late switch nothing is coded. With any
+    recipe."""
     stash: bool = True
     """Keep activations for the weight gradient as codes, not as they were. Changes memory and time, and no bit."""
 
@@ -109,4 +118,15 @@ class PrecisionOptions:
                 self.backend,
                 f"auto or emulated with {self.recipe}, which has no native products",
             ),
+            *self._transformer_engine_rules(),
         )
+
+    def _transformer_engine_rules(self) -> Iterator[tuple[bool, str, object, str]]:
+        """Its recipes are whole: it has none of the switches."""
+        if self.backend != "transformer_engine":
+            return
+        yield self.recipe in RECIPES, "recipe", self.recipe, f"with backend transformer_engine: {', '.join(RECIPES)}"
+        usual = PrecisionOptions()
+        for key in ("gemms", "weights_2d", "hadamard", "stochastic_rounding", "gradient_format", "power_of_two_scales", "switch_at_tokens"):
+            value, default = getattr(self, key), getattr(usual, key)
+            yield value == default, key, value, f"{shown(default)} with backend transformer_engine, whose recipes have no such switch"

@@ -1,7 +1,7 @@
 """The same steps on every grid: losses, gradients and updates by packs, through the real engines, equal those of one process."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from megatron_ext.data.batch import PackedBatch
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.model.placements import placements
+from megatron_ext.model.precision import set_recipe
 from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.grid import Grid, GridShape
@@ -19,6 +20,9 @@ from megatron_ext.parallel.pipeline import stages
 from megatron_ext.parallel.placement import Box, slices, whole_box
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
+from megatron_ext.precision.options import PrecisionOptions
+from megatron_ext.precision.recipe import Recipe
+from megatron_ext.precision.state import PrecisionState
 from megatron_ext.train.engine import owner_engine
 from tests.distributed import RunRanks
 from tests.grids import everywhere
@@ -46,6 +50,7 @@ class Case:
     shard_tokens: bool = False
     recompute: str = "none"
     kv_heads: int = 2
+    communication: Literal["mxfp8", "mxfp4"] | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -53,7 +58,12 @@ class Case:
 
     def __str__(self) -> str:
         flags = ["tied"] * self.tied + ["sp"] * self.shard_tokens + [self.recompute] * (self.recompute != "none")
+        flags += [self.communication] if self.communication else []
         return "-".join([f"pp{self.pp}dp{self.ranks // self.pp // self.tp}tp{self.tp}", "".join(map(str, self.layers)), *flags])
+
+
+def set_communication(model: GPT, case: Case) -> None:
+    set_recipe(model, Recipe(PrecisionOptions(communication=case.communication)), PrecisionState(seed=0))
 
 
 def pack_of(lengths: list[int], seed: int) -> PackedBatch:
@@ -92,6 +102,7 @@ def train_on(world: World, config: str, case: Case, dtype: torch.dtype, clip: fl
     """Some steps; losses and norms, first gradients that this rank owns, parameters that it holds, and an evaluation."""
     grid = Grid(world, GridShape(case.pp, case.ranks // case.pp // case.tp, case.tp), kv_copies=max(1, case.tp // case.kv_heads))
     model = GPT(case.model, "sdpa", case.recompute, TensorParallel(grid.tp, case.shard_tokens), stages(case.layers)[grid.stage])
+    set_communication(model, case)
     model.reset_parameters(seed=3)
     model.to(dtype)
     where = placements(model, grid, case.tied)
@@ -115,6 +126,7 @@ def train_on(world: World, config: str, case: Case, dtype: torch.dtype, clip: fl
 def train_alone(case: Case, dtype: torch.dtype, clip: float) -> dict[str, Any]:
     """The same steps in one process by torch alone."""
     model = GPT(case.model, "sdpa")
+    set_communication(model, case)
     model.reset_parameters(seed=3)
     model.to(dtype)
     rule = AdamW(decay_groups(model.named_parameters(), 0.1), **RULE)
@@ -187,6 +199,9 @@ CASES = [
     Case(pp=2, tp=2, ranks=4, layers=(2, 1), tied=True, recompute="full"),
     Case(pp=4, ranks=4, layers=(1, 1, 1, 0)),
     Case(ranks=4),
+    Case(tp=2, ranks=2, communication="mxfp8"),
+    Case(tp=2, ranks=2, shard_tokens=True, recompute="full", communication="mxfp4"),
+    Case(pp=2, tp=2, ranks=4, layers=(2, 1), shard_tokens=True, communication="mxfp8"),
 ]
 
 
@@ -207,6 +222,12 @@ def test_float64_steps_equal_one_process(run_ranks: RunRanks, config: str, case:
 )
 def test_float32_steps_equal_one_process(run_ranks: RunRanks, config: str, case: Case) -> None:
     check(run_ranks, config, case, torch.float32, 1e-5)
+
+
+def test_codes_on_the_wire_are_seen() -> None:
+    plain, *coded = (train_alone(Case(communication=each), torch.float64, CLIP)["losses"] for each in (None, "mxfp8", "mxfp4"))
+    errors = [abs(losses[-1] / plain[-1] - 1) for losses in coded]
+    assert 1e-5 < errors[0] < errors[1] < 0.1
 
 
 @pytest.mark.slow

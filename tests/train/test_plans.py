@@ -26,7 +26,7 @@ from megatron_ext.train.engine import Engine, owner_engine
 from megatron_ext.train.packs import PlannedPacks
 from tests.distributed import RunRanks
 from tests.grids import everywhere
-from tests.train.test_grids import CLIP, MODEL, Case, Recording, covered, largest_error
+from tests.train.test_grids import CLIP, MODEL, Case, Recording, covered, largest_error, set_communication
 from tests.train.tiny_run import write_run
 
 LENGTHS = (1, 2, 7, 13, 29, 1, 31, 3, 17, 5)
@@ -74,6 +74,7 @@ def random_plan(ranks: int, seed: int, heads: int = 4) -> Plan:
 def engine_on(world: World, config: str, case: Case, dtype: torch.dtype) -> tuple[Grid, GPT, ShardedOptimizer, Engine]:
     grid = Grid(world, GridShape(case.pp, case.ranks // case.pp // case.tp, case.tp), kv_copies=max(1, case.tp // case.kv_heads))
     model = GPT(case.model, "sdpa", case.recompute, TensorParallel(grid.tp, case.shard_tokens), stages(case.layers)[grid.stage])
+    set_communication(model, case)
     model.reset_parameters(seed=3)
     model.to(dtype)
     where = placements(model, grid, case.tied)
@@ -112,6 +113,7 @@ def document(number: int, corpus: Tokens) -> PackedBatch:
 def train_alone(case: Case, dtype: torch.dtype, steps: int) -> dict[str, Any]:
     """The same steps in one process by torch alone, one document at a time."""
     model = GPT(case.model, "dense")
+    set_communication(model, case)
     model.reset_parameters(seed=3)
     model.to(dtype)
     rule = Recording(list(model.named_parameters()))
@@ -156,6 +158,8 @@ CASES = [
     Case(tp=2, ranks=4, shard_tokens=True, tied=True),
     Case(pp=2, ranks=4, layers=(1, 2), tied=True),
     Case(pp=2, ranks=4, layers=(2, 1), recompute="full"),
+    Case(ranks=4, kv_heads=1, communication="mxfp8"),
+    Case(tp=2, ranks=4, shard_tokens=True, communication="mxfp4"),
 ]
 
 

@@ -170,6 +170,18 @@ def test_what_cannot_be_is_refused_before_any_rank_speaks(tmp_path: Path, keys: 
     assert message in str(caught.value)
 
 
-def test_native_products_are_refused_where_there_are_none(run_ranks: RunRanks, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="precision.backend: 'native'; accepted with nvfp4 here: auto, emulated, because"):
-        run(run_ranks, tmp_path, "precision.backend=native")
+@pytest.mark.parametrize(
+    ("backend", "accepted"),
+    [("native", "auto, emulated, because"), ("transformer_engine", "auto, because TransformerEngine needs a CUDA device, not cpu")],
+)
+def test_products_are_refused_where_nothing_computes_them(run_ranks: RunRanks, tmp_path: Path, backend: str, accepted: str) -> None:
+    with pytest.raises(RankError, match=f"precision.backend: '{backend}'; accepted with nvfp4 here: {accepted}"):
+        run(run_ranks, tmp_path, f"precision.backend={backend}")
+
+
+def test_codes_on_the_wire_change_a_run_a_little_and_are_told(run_ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    shared = ("parallel.tp=2", "parallel.sequence_parallel_activations=true")
+    plain = run(run_ranks, tmp_path / "plain", *shared, ranks=2, precision={"recipe": "bf16"})
+    coded = run(run_ranks, tmp_path / "coded", *shared, ranks=2, precision={"communication": "mxfp8", "switch_at_tokens": 100})
+    assert "communication" in capfd.readouterr().out
+    assert coded[1] != plain[1] and coded == pytest.approx(plain, rel=5e-3)

@@ -8,6 +8,9 @@ import torch
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.accelerators import apex
 from megatron_ext.kernels.accelerators.apex import fused_adamw, rms_norm
+from megatron_ext.optim.options import OptimizerOptions
+from megatron_ext.optim.rules import build_rules
+from megatron_ext.parallel.tensor import single
 from tests.kernels.accelerators.conftest import Install
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -176,3 +179,19 @@ def test_a_package_that_differs_is_refused_with_what_differs(install: Install, s
 def test_a_missing_package_is_named(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apex, "present", lambda _: False)
     assert apex.obstacle("apex.optimizers") == "needs the package apex of NVIDIA, which is not installed"
+
+
+def test_the_rule_of_a_run_is_its_own_where_options_say_so(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("apex", "0.1", files())
+    options = OptimizerOptions(adamw="apex", lr=0.01)
+    make = build_rules(options, {}, single().group, head_dim=8)["adamw"].make
+    with pytest.raises(
+        ConfigError, match="optimizer.adamw: 'apex'; accepted here: torch, because AdamW by apex needs a CUDA device"
+    ):
+        make([("weight", torch.zeros(3, 3))])
+    monkeypatch.setattr(apex, "gpu_obstacle", lambda *_: None)
+    optimizer = make([("weight", torch.zeros(3, 3)), ("norm", torch.zeros(3))])
+    assert type(optimizer).__name__ == "FusedAdam" and [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert OptimizerOptions().adamw == "torch"
+    with pytest.raises(ConfigError, match="adamw: 'apex'; accepted: torch with ZeRO"):
+        OptimizerOptions(adamw="apex", sharding="zero1")

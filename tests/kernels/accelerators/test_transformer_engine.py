@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,12 @@ from torch import nn
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.accelerators import transformer_engine
 from megatron_ext.kernels.accelerators.transformer_engine import RECIPES, Linear
+from megatron_ext.model.config import ModelConfig
+from megatron_ext.model.gpt import GPT
+from megatron_ext.model.precision import set_recipe
+from megatron_ext.precision.options import PrecisionOptions
+from megatron_ext.precision.recipe import Recipe
+from megatron_ext.precision.state import PrecisionState
 from tests.kernels.accelerators.conftest import Install
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -137,3 +144,35 @@ def test_without_package_or_gpu_the_first_reason_is_told(install: Install, monke
     services = transformer_engine.status(CUDA).services
     assert services["linear in fp8_blockwise"] == "needs the package transformer_engine, which is not installed"
     assert services["linear in nvfp4"] == "needs a GPU of compute capability 10.0 or newer"
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_the_linears_of_a_model_are_its_own(install: Install) -> None:
+    install("transformer_engine", "2.20.2", files())
+    pack = (torch.arange(37) % 50, torch.arange(37), torch.tensor([0, 37], dtype=torch.int32), 37, torch.arange(37) % 49, torch.ones(37))
+    grads = []
+    for recipe in (PrecisionOptions(), PrecisionOptions(recipe="mxfp8", backend="transformer_engine", high_precision_first=1)):
+        model = GPT(ModelConfig(64, 32, 64, 3, 4, 4, 8, 64, qkv_bias=True), "sdpa")
+        model.reset_parameters(seed=0)
+        set_recipe(model, Recipe(recipe), PrecisionState(seed=0))
+        model(*pack)[0].backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient)
+    assert len(sys.modules["transformer_engine.pytorch"].calls) == 2 * 7, "one block of three is kept"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"recipe": "fp8_rowwise"},
+            "recipe: 'fp8_rowwise'; accepted: with backend transformer_engine: fp8_tensorwise, fp8_blockwise",
+        ),
+        ({"recipe": "nvfp4", "hadamard": False}, "hadamard: false; accepted: null with backend transformer_engine"),
+        ({"recipe": "mxfp8", "gemms": ["forward"]}, r"gemms: \['forward'\]; accepted: \['forward', 'input_gradient', 'weight_gradient'\]"),
+    ],
+)
+def test_switches_that_it_has_not_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PrecisionOptions(backend="transformer_engine", **keys)
