@@ -6,6 +6,17 @@
 
 namespace fp8 {
 
+// Where the quantized rows of a matrix go, or its columns as rows of the transpose. Lines are rows or columns; blocks that share a scale
+// are of `height` lines and `width` values of a line.
+struct Output {
+    uint8_t* codes;      // null if not wanted
+    void* scales;        // float, of MXFP8 uint8_t
+    float* amax;         // found here where none is given
+    const float* given;  // null if none is
+    int64_t height, width;
+    int64_t lines, across;  // how many lines there are, and blocks along a line
+};
+
 // By what values are multiplied before they are rounded: `largest` of the format / amax, 1 for an amax that is 0, infinite or NaN.
 template <typename Float>
 HOST_DEVICE Float encoding_factor(Float amax, float largest, bool power_of_two) {

@@ -11,9 +11,11 @@
 template <int EXPONENT, int MANTISSA, int32_t LARGEST, int32_t NOT_A_NUMBER>
 struct MiniFloat {
     static constexpr int BIAS = (1 << (EXPONENT - 1)) - 1;
-    static constexpr int DROPPED = 23 - MANTISSA;                   // bits of a float's mantissa that are rounded away
-    static constexpr int32_t SMALLEST_NORMAL = (128 - BIAS) << 23;  // as float: 2^(1 - BIAS)
+    static constexpr int DROPPED = 23 - MANTISSA;                      // bits of a float's mantissa that are rounded away
+    static constexpr int32_t SMALLEST_NORMAL = (128 - BIAS) << 23;     // as float: 2^(1 - BIAS)
     static constexpr int SIGN = EXPONENT + MANTISSA;
+    static constexpr int UNUSED = 31 - SIGN;                           // bits of a word below a code that leads it
+    static constexpr int32_t BEYOND = LARGEST + (1 << (DROPPED - 1));  // what is smaller than this needs no clamping to round to LARGEST
 
     template <typename Float>
     static HOST_DEVICE_MEMBER IntOf<Float> clamped(Float x) {
@@ -26,32 +28,69 @@ struct MiniFloat {
         return larger(magnitude & INFINITE, all<Int>(SMALLEST_NORMAL));
     }
 
-    // The code of the number of x's sign that is `steps` quanta of its binade.
+    // A code is the number of steps in its binade and, from bit MANTISSA on, the number of the binade. The latter is exponent >> DROPPED
+    // plus this, as far as the SIGN + 1 lowest bits go. It is even, so that adding it to steps leaves ties as they are.
+    static constexpr int32_t FIRST_BINADE = -(SMALLEST_NORMAL >> DROPPED) & ((2 << SIGN) - 1);
+    static_assert(FIRST_BINADE % 2 == 0, "ties go to even codes");
+
+    // The code of a magnitude below BEYOND in the SIGN + 1 lowest bits, to nearest; the others have no meaning.
     template <typename Float>
-    static HOST_DEVICE_MEMBER IntOf<Float> code(Float x, IntOf<Float> binade, IntOf<Float> steps) {
-        const IntOf<Float> magnitude = steps + ((binade - SMALLEST_NORMAL) >> DROPPED);
-        const IntOf<Float> sign = (bits_of(x) >> (31 - SIGN)) & (1 << SIGN);
-        return magnitude_of(x) > INFINITE ? all<IntOf<Float>>(NOT_A_NUMBER) : (magnitude | sign);
+    static HOST_DEVICE_MEMBER IntOf<Float> nearest(IntOf<Float> magnitude) {
+        const IntOf<Float> exponent = binade(magnitude);
+        // A float of this exponent has the spacing of the codes, so that adding it rounds, and leaves the steps in the last bits.
+        const IntOf<Float> grid = exponent + ((DROPPED << 23) + FIRST_BINADE);
+        return bits_of<Float>(float_of<Float>(magnitude) + float_of<Float>(grid)) + (exponent >> DROPPED);
+    }
+
+    // The same, up with the probability of the distance to the number below, in steps of 1/256: `random` is one of 0...255. Numbers of the
+    // format stay. With f the distance, up if f + (random + 1/2) / 256 >= 1, which is exact in steps of 1/512.
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> stochastic(IntOf<Float> magnitude, IntOf<Float> random) {
+        const IntOf<Float> exponent = binade(magnitude);
+        const Float steps = float_of<Float>(magnitude) * float_of<Float>(((254 + MANTISSA + 9) << 23) - exponent);
+        return ((Lanes<Float>::to_int(steps) + (random << 1) + (1 + (FIRST_BINADE << 9))) >> 9) + (exponent >> DROPPED);
+    }
+
+    // The code in the highest bits of a word, with the sign of x and zeros after it.
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> leading(Float x, IntOf<Float> lowest) {
+        using Unsigned = typename Lanes<Float>::Unsigned;
+        return (IntOf<Float>)((Unsigned)lowest << UNUSED) | (bits_of(x) & INT32_MIN);
+    }
+
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> unless_nan(Float x, IntOf<Float> leading_code) {
+        const int32_t not_a_number = static_cast<int32_t>(static_cast<uint32_t>(NOT_A_NUMBER) << UNUSED);
+        return magnitude_of(x) > INFINITE ? all<IntOf<Float>>(not_a_number) : leading_code;
+    }
+
+    // Codes that lead words. Those of all numbers, and those of numbers whose magnitudes are known to be below BEYOND.
+    template <bool WITHIN, typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> encode_leading(Float x) {
+        return WITHIN ? leading(x, nearest<Float>(magnitude_of(x))) : unless_nan(x, leading(x, nearest<Float>(clamped(x))));
+    }
+
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> encode_stochastic_leading(Float x, IntOf<Float> random) {
+        return unless_nan(x, leading(x, stochastic<Float>(clamped(x), random)));
     }
 
     template <typename Float>
     static HOST_DEVICE_MEMBER IntOf<Float> encode(Float x) {
-        const IntOf<Float> magnitude = clamped(x), exponent = binade(magnitude);
-        // A float of this exponent has the spacing of the codes, so that adding it rounds, and leaves the steps in the last bits.
-        const IntOf<Float> grid = exponent + (DROPPED << 23);
-        return code(x, exponent, bits_of<Float>(float_of<Float>(magnitude) + float_of<Float>(grid)) - grid);
+        using Unsigned = typename Lanes<Float>::Unsigned;
+        return (IntOf<Float>)((Unsigned)encode_leading<false>(x) >> UNUSED);
     }
 
-    // Up with the probability of the distance to the number below, in steps of 1/256: `random` is one of 0...255. Numbers of the format
-    // stay. The comparison is exact: with f the distance, f + (random + 1/2) / 256 >= 1.
     template <typename Float>
     static HOST_DEVICE_MEMBER IntOf<Float> encode_stochastic(Float x, IntOf<Float> random) {
-        const IntOf<Float> magnitude = clamped(x), exponent = binade(magnitude);
-        const Float quanta = float_of<Float>(magnitude) * float_of<Float>(((254 + MANTISSA) << 23) - exponent);
-        const IntOf<Float> below = Lanes<Float>::to_int(quanta);
-        const Float distance = quanta - Lanes<Float>::to_float(below);
-        const IntOf<Float> up = distance * 256.0f >= 255.5f - Lanes<Float>::to_float(random) ? all<IntOf<Float>>(1) : all<IntOf<Float>>(0);
-        return code(x, exponent, below + up);
+        using Unsigned = typename Lanes<Float>::Unsigned;
+        return (IntOf<Float>)((Unsigned)encode_stochastic_leading(x, random) >> UNUSED);
+    }
+
+    // Of a number that is not negative and not NaN.
+    template <typename Float>
+    static HOST_DEVICE_MEMBER IntOf<Float> encode_positive(Float x) {
+        return nearest<Float>(clamped(x)) & ((1 << SIGN) - 1);
     }
 
     // Of the code of a finite number.

@@ -21,7 +21,7 @@ HOST_DEVICE float tensor_scale(float amax) {
 // The E4M3 code of a block whose largest magnitude is `block_amax`; never NaN.
 template <typename Float>
 HOST_DEVICE IntOf<Float> block_scale(Float block_amax, float tensor_scale) {
-    return E4M3::encode(finite(block_amax * (tensor_scale * (1.0f / 6.0f))));
+    return E4M3::encode_positive(finite(block_amax * (tensor_scale * (1.0f / 6.0f))));
 }
 
 // By what the values of a block are multiplied before they are rounded to E2M1.

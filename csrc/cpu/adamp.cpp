@@ -8,17 +8,10 @@
 // No bit of the result depends on the number of threads or on the instruction set: sums run over 16 fixed lanes, blocks and tiles, which
 // are added in their order in float64, and the build forbids contraction to fused multiply-adds.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "variants.h"
 
 namespace {
 
@@ -145,7 +138,7 @@ INLINE void second_body(const Rule& rule, const Change& change, const Tile& t) {
         rule.nesterov ? second_body<true>(rule, change, t) : second_body<false>(rule, change, t);                          \
     }
 
-struct Variant {
+struct Passes {
     const char* name;
     bool runs_here;
     void (*first)(const Rule&, const Change&, const Tile&, double*);
@@ -159,15 +152,15 @@ VARIANT(avx512, __attribute__((target("avx512f,prefer-vector-width=512"))))
 #endif
 
 // Finds the variant of that name, or the widest if the name is empty. False if this CPU cannot run it.
-bool find_variant(const char* name, Variant* found) {
-    const Variant variants[] = {
+bool find_variant(const char* name, Passes* found) {
+    const Passes variants[] = {
 #if defined(__x86_64__)
         {"avx512", __builtin_cpu_supports("avx512f") != 0, first_avx512, second_avx512},
         {"avx2", __builtin_cpu_supports("avx2") != 0, first_avx2, second_avx2},
 #endif
         {"portable", true, first_portable, second_portable},
     };
-    for (const Variant& candidate : variants) {
+    for (const Passes& candidate : variants) {
         if (candidate.runs_here && (*name == '\0' || std::strcmp(name, candidate.name) == 0)) {
             *found = candidate;
             return true;
@@ -194,18 +187,7 @@ public:
     template <typename Treat>
     void run(int64_t threads, bool backwards, const Treat& treat) const {
         const int64_t units = unit_begin_.back();
-        std::atomic<int64_t> next{0};
-        const auto loop = [&] {
-            for (int64_t unit; (unit = next++) < units;) run_unit(backwards ? units - 1 - unit : unit, treat);
-        };
-        std::vector<std::thread> helpers;
-        try {
-            while (static_cast<int64_t>(helpers.size()) + 1 < std::min(threads, units)) helpers.emplace_back(loop);
-        } catch (const std::system_error&) {
-            // The system has no more threads: those that started do the work, with the same result.
-        }
-        loop();
-        for (std::thread& helper : helpers) helper.join();
+        run_units(units, threads, [&](int64_t unit) { run_unit(backwards ? units - 1 - unit : unit, treat); });
     }
 
     // Adds the sums of the tiles of each row, in their order.
@@ -244,11 +226,9 @@ Rule make_rule(double beta1, double beta2, double eps, double root_correction, i
     return {f(beta1), f(1 - beta1), f(beta2), f(1 - beta2), f(eps), f(1 / root_correction), nesterov != 0};
 }
 
-constexpr int32_t DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_INSTRUCTIONS = 2;
-
 }  // namespace
 
-// Both functions take `count` matrices of rows[n] x widths[n] contiguous values, and return DONE or one of the errors above.
+// Both functions take `count` matrices of rows[n] x widths[n] contiguous values, and return a code of variants.h.
 // instructions: "avx512", "avx2", "portable", or "" for the first of these that the CPU has.
 
 // Pass 1: moments of this step, and sums [all rows, 4] of g.p, g.g, p.p and p.u before p <- p + growth p + slope u; p stays if both are 0.
@@ -257,7 +237,7 @@ extern "C" int32_t adamp_first_f32(
     float* const* p, float* const* g, float* const* m, float* const* v,
     double beta1, double beta2, double eps, double root_correction, int32_t nesterov, int64_t threads,
     const char* instructions, double growth, double slope, double* sums) try {
-    Variant variant;
+    Passes variant;
     if (!find_variant(instructions, &variant)) return NO_SUCH_INSTRUCTIONS;
     const Rule rule = make_rule(beta1, beta2, eps, root_correction, nesterov);
     const Change change{static_cast<float>(growth), static_cast<float>(slope)};
@@ -278,7 +258,7 @@ extern "C" int32_t adamp_second_f32(
     float* const* p, float* const* g, float* const* m, float* const* v,
     double beta1, double beta2, double eps, double root_correction, int32_t nesterov, int64_t threads,
     const char* instructions, const double* changes) try {
-    Variant variant;
+    Passes variant;
     if (!find_variant(instructions, &variant)) return NO_SUCH_INSTRUCTIONS;
     const Rule rule = make_rule(beta1, beta2, eps, root_correction, nesterov);
     // Backwards, because what pass 1 touched last is still in the caches.

@@ -30,12 +30,12 @@ INLINE void largest_of_unit(const Job& job, int64_t unit) {
     for (int64_t row = first * HEIGHT; row < std::min(job.x.rows, (first + STRIPS) * HEIGHT); row += HEIGHT) {
         load_strip<Float>(job.x, row, column, strip);
         if (job.row_amax != nullptr) {
-            if (job.row_signs != nullptr) transform_rows<Float>(job.x.type, job.row_signs, strip, changed);
+            if (job.row_signs != nullptr) transform_rows<16, Float>(job.x.type, job.row_signs, strip, changed);
             const Strip& seen = job.row_signs != nullptr ? changed : strip;
             of_rows = larger(of_rows, row_magnitude<Float>(&seen.values[0][0], HEIGHT * WIDTH));
         }
         if (job.column_amax != nullptr) {
-            if (job.column_signs != nullptr) transform_columns<Float>(job.x.type, job.column_signs, strip, changed);
+            if (job.column_signs != nullptr) transform_columns<16, Float>(job.x.type, job.column_signs, &strip, &changed);
             const Strip& seen = job.column_signs != nullptr ? changed : strip;
             of_columns = larger(of_columns, row_magnitude<Float>(&seen.values[0][0], HEIGHT * WIDTH));
         }

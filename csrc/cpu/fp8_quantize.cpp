@@ -11,16 +11,10 @@
 
 namespace {
 
+using fp8::Output;
+
 constexpr int SIDE = WIDTH, PART = 32, PARTS = SIDE / PART;
 constexpr int64_t ROWS = 16;  // of a unit of dequantization
-
-struct Output {
-    uint8_t* codes;      // null if not wanted
-    void* scales;        // float, of MXFP8 uint8_t
-    float* amax;         // found here where none is given
-    const float* given;  // null if none is
-    int64_t height, width;
-};
 
 struct Job {
     Matrix x;
@@ -59,8 +53,12 @@ INLINE void load_tile(const Matrix& x, int64_t row, int64_t column, Tile& tile) 
 
 template <typename Float>
 INLINE void magnitudes_of_rows(const Tile& tile, int32_t (*magnitudes)[SIDE]) {
-    for (int r = 0; r < SIDE; ++r) {
-        for (int p = 0; p < PARTS; ++p) magnitudes[p][r] = row_magnitude<Float>(tile.row(r) + p * PART, PART);
+    for (int s = 0; s < SIDE / HEIGHT; ++s) {
+        alignas(64) int32_t of_parts[HEIGHT][PARTS];
+        block_magnitudes<PART, Float>(tile.strips[s], of_parts[0]);
+        for (int p = 0; p < PARTS; ++p) {
+            for (int r = 0; r < HEIGHT; ++r) magnitudes[p][s * HEIGHT + r] = of_parts[r][p];
+        }
     }
 }
 
@@ -88,18 +86,17 @@ INLINE void join_parts(const Output& output, Lines& lines) {
     std::fill(first, first + SIDE, *std::max_element(first, first + SIDE));
 }
 
-// Where the scales of a tile lie, that begins with line `line` at value `along` of lines of `length` values.
+// Where the scales of a tile lie, that begins with line `line` at value `along`.
 struct Place {
     int64_t at, step, lines, parts;
     bool begins;  // whether blocks begin here, so that their scales are written from here
 
-    Place(const Output& output, int64_t line, int64_t along, int64_t count, int64_t length) {
-        const int64_t across = blocks_of(length, output.width);
-        at = line / output.height * across + along / output.width;
-        step = output.height == 1 ? across : 0;
+    Place(const Output& output, int64_t line, int64_t along) {
+        at = line / output.height * output.across + along / output.width;
+        step = output.height == 1 ? output.across : 0;
         begins = line % output.height == 0 && along % output.width == 0;
-        lines = std::min<int64_t>(SIDE, count - line);
-        parts = output.width == PART ? std::min<int64_t>(PARTS, across - along / PART) : 1;
+        lines = std::min<int64_t>(SIDE, output.lines - line);
+        parts = output.width == PART ? std::min<int64_t>(PARTS, output.across - along / PART) : 1;
     }
 };
 
@@ -151,29 +148,46 @@ INLINE void store_columns(const Job& job, const uint32_t (*words)[SIDE], int64_t
     }
 }
 
-// Codes of a tile: those of the rows, of the columns, or of both where their factors are the same.
-template <typename Format, bool TO_ROWS, bool TO_COLUMNS, typename Float>
-INLINE void encode_tile(const Job& job, const Tile& tile, const Lines& lines, int64_t row, int64_t column) {
+// Codes of a tile: those of the rows, of the columns, or of both where their factors are the same. Returns whether all numbers were in the
+// range that WITHIN takes for granted; if not, the codes are wrong.
+template <typename Format, bool WITHIN, bool TO_ROWS, bool TO_COLUMNS, typename Float>
+INLINE bool encode_tile(const Job& job, const Tile& tile, const Lines& lines, int64_t row, int64_t column) {
     using Int = IntOf<Float>;
+    constexpr int LANES = LENGTH<Float>, STEP = 4 * LANES;
     const int64_t height = std::min<int64_t>(SIDE, job.x.rows - row), width = std::min<int64_t>(SIDE, job.x.columns - column);
     alignas(64) uint32_t words[SIDE / 4][SIDE];
+    Int largest{};
     for (int r = 0; r < height; r += 4) {
         alignas(64) uint8_t bytes[4][SIDE];
-        for (int c = 0; c < SIDE; c += LENGTH<Float>) {
-            Int word{};
+        for (int c = 0; c < SIDE; c += STEP) {
+            Int of_rows[4][4], of_columns[4][4];
             for (int k = 0; k < 4; ++k) {
-                const Float factor = TO_ROWS ? all<Float>(lines.factors_of(c / PART)[r + k]) : load<Float>(lines.factors_of(r / PART) + c);
-                const Int code = Format::encode(load<Float>(tile.row(r + k) + c) * factor);
-                if (TO_ROWS) store_narrow(bytes[k] + c, code);
-                if (TO_COLUMNS) word |= code << (8 * k);
+                const float* v = tile.row(r + k) + c;
+                for (int j = 0; j < 4; ++j) {
+                    const int i = j * LANES;
+                    const Float factor = TO_ROWS ? all<Float>(lines.factors_of(c / PART + i / PART)[r + k])
+                                                 : load<Float>(lines.factors_of(r / PART) + c + i);
+                    const Float scaled = load<Float>(v + i) * factor;
+                    largest = larger(largest, magnitude_of(scaled));
+                    of_rows[k][j] = of_columns[j][k] = Format::template encode_leading<WITHIN>(scaled);
+                }
+                if (TO_ROWS) store_bytes(bytes[k] + c, of_rows[k]);
             }
-            if (TO_COLUMNS) store(words[r / 4] + c, word);
+            for (int j = 0; TO_COLUMNS && j < 4; ++j) store(words[r / 4] + c + j * LANES, joined_bytes(of_columns[j]));
         }
         for (int k = 0; TO_ROWS && k < 4 && r + k < height; ++k) {
             copy_line(job.rows.codes + (row + r + k) * job.x.columns + column, bytes[k], width);
         }
     }
     if (TO_COLUMNS) store_columns(job, words, row, column);
+    return largest_lane(largest) < Format::BEYOND;
+}
+
+// The same for any numbers.
+template <typename Format, bool TO_ROWS, bool TO_COLUMNS, typename Float>
+INLINE void encode_tile(const Job& job, const Tile& tile, const Lines& lines, int64_t row, int64_t column) {
+    if (encode_tile<Format, true, TO_ROWS, TO_COLUMNS, Float>(job, tile, lines, row, column)) return;
+    encode_tile<Format, false, TO_ROWS, TO_COLUMNS, Float>(job, tile, lines, row, column);
 }
 
 template <typename Format, typename Float>
@@ -189,7 +203,7 @@ INLINE void quantize_tile(const Job& job, int64_t unit) {
             magnitudes_of_rows<Float>(tile, lines.magnitudes);
             join_parts<Float>(job.rows, lines);
         }
-        scales_of<Float>(job, job.rows, Place(job.rows, row, column, job.x.rows, job.x.columns), lines);
+        scales_of<Float>(job, job.rows, Place(job.rows, row, column), lines);
         shared ? encode_tile<Format, true, true, Float>(job, tile, lines, row, column)
                : encode_tile<Format, true, false, Float>(job, tile, lines, row, column);
     }
@@ -198,7 +212,7 @@ INLINE void quantize_tile(const Job& job, int64_t unit) {
         magnitudes_of_columns<Float>(tile, lines.magnitudes);
         join_parts<Float>(job.columns, lines);
     }
-    scales_of<Float>(job, job.columns, Place(job.columns, column, row, job.x.columns, job.x.rows), lines);
+    scales_of<Float>(job, job.columns, Place(job.columns, column, row), lines);
     if (!shared) encode_tile<Format, false, true, Float>(job, tile, lines, row, column);
 }
 
@@ -270,8 +284,7 @@ INLINE void dequantize_unit(const DequantizeJob& job, int64_t unit) {
                                        : static_cast<const float*>(job.scales)[place];
             int64_t at = row * job.columns + b * job.width;
             for (; at + LANES <= end; at += LANES) {
-                const auto codes = load<typename Lanes<Float>::Byte>(job.codes + at);
-                store_as(job.type, job.out, at, decode<Float>(job.e5m2, __builtin_convertvector(codes, IntOf<Float>)) * scale);
+                store_as(job.type, job.out, at, decode<Float>(job.e5m2, load_bytes<IntOf<Float>>(job.codes + at)) * scale);
             }
             for (; at < end; ++at) store_one(job.type, job.out, at, decode<float>(job.e5m2, job.codes[at]) * scale);
         }
@@ -296,8 +309,9 @@ extern "C" int32_t fp8_quantize(const void* x, int32_t type, int64_t rows, int64
                                 const float* column_given, int64_t column_height, int64_t column_width, int64_t threads,
                                 const char* instructions) try {
     const Job job{{x, static_cast<Type>(type), rows, columns}, e5m2 != 0, power_of_two != 0, mx != 0,
-                  {row_codes, row_scales, row_amax, row_given, row_height, row_width},
-                  {column_codes, column_scales, column_amax, column_given, column_height, column_width}};
+                  {row_codes, row_scales, row_amax, row_given, row_height, row_width, rows, blocks_of(columns, row_width)},
+                  {column_codes, column_scales, column_amax, column_given, column_height, column_width, columns,
+                   blocks_of(rows, column_width)}};
     return run_variant(quantize_unit_variants(), instructions, job, tiles_of(job.x), threads);
 } catch (const std::bad_alloc&) {
     return OUT_OF_MEMORY;

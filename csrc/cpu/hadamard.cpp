@@ -11,6 +11,10 @@ namespace {
 
 constexpr int64_t LARGEST_ORDER = 32768, UNIT = 32768;  // values that a thread takes at a time
 
+// Vectors of a pass at most: caches of eight ways hold no more at distances of a power of two. Where one pass is enough, it may have twice
+// as many.
+constexpr int64_t MOST = 8;
+
 struct Job {
     const void* x;
     void* out;
@@ -22,18 +26,22 @@ struct Job {
     int64_t sign_count;
 };
 
+// Where values of a pass come from.
+enum class From { X, SIGNED_X, BUFFER };
+
 // `size` values from `begin` on in stages of distances step, 2 step ... < COUNT step, where step is a multiple of the length of a vector.
-// FIRST takes them from x and does the stages within vectors before; LAST puts them into out. Between passes they lie in v.
-template <bool FIRST, bool LAST, int COUNT, typename Float>
+// Those from x have the stages within vectors before; LAST puts them into out. Between passes they lie in v.
+template <From FROM, bool LAST, int COUNT, typename Float>
 INLINE void pass(const Job& job, int64_t begin, int64_t size, int64_t step, float* v) {
-    const float* signs = FIRST && job.signs != nullptr ? job.signs + begin % job.sign_count : nullptr;
+    const float* signs = FROM == From::SIGNED_X ? job.signs + begin % job.sign_count : nullptr;
     for (int64_t group = 0; group < size; group += COUNT * step) {
+        const int64_t sign_begin = LAST ? group : 0;  // of many rows in one pass, each has the same signs
         for (int64_t at = group; at < group + step; at += LENGTH<Float>) {
             Float part[COUNT];
             for (int i = 0; i < COUNT; ++i) {
-                if (FIRST) {
+                if (FROM != From::BUFFER) {
                     part[i] = load_as<Float>(job.type, job.x, begin + at + i * step);
-                    if (signs != nullptr) part[i] *= load<Float>(signs + at + i * step);
+                    if (FROM == From::SIGNED_X) part[i] *= load<Float>(signs + (at - sign_begin) + i * step);
                     part[i] = butterflies(part[i]);
                 } else {
                     part[i] = load<Float>(v + at + i * step);
@@ -51,29 +59,41 @@ INLINE void pass(const Job& job, int64_t begin, int64_t size, int64_t step, floa
     }
 }
 
-template <bool FIRST, bool LAST, typename Float>
+template <From FROM, bool LAST, typename Float>
 INLINE void pass_of(int64_t count, const Job& job, int64_t begin, int64_t size, int64_t step, float* v) {
+    constexpr bool FIRST = FROM != From::BUFFER;
+    // Only what happens is compiled.
+    if constexpr (FIRST) {
+        if (count == 1) return pass<FROM, LAST, 1, Float>(job, begin, size, step, v);
+    }
+    if constexpr (FIRST && LAST) {
+        if (count > MOST) return pass<FROM, LAST, 2 * MOST, Float>(job, begin, size, step, v);
+    }
     switch (count) {
-        case 1: return pass<FIRST, LAST, 1, Float>(job, begin, size, step, v);
-        case 2: return pass<FIRST, LAST, 2, Float>(job, begin, size, step, v);
-        case 4: return pass<FIRST, LAST, 4, Float>(job, begin, size, step, v);
-        case 8: return pass<FIRST, LAST, 8, Float>(job, begin, size, step, v);
-        default: return pass<FIRST, LAST, 16, Float>(job, begin, size, step, v);
+        case 2: return pass<FROM, LAST, 2, Float>(job, begin, size, step, v);
+        case 4: return pass<FROM, LAST, 4, Float>(job, begin, size, step, v);
+        default: return pass<FROM, LAST, MOST, Float>(job, begin, size, step, v);
     }
 }
 
 // Transforms of 2^k >= a vector of `size` values from `begin` on, in as few passes as there have to be; into out if `finish`, else v.
+template <From FROM, typename Float>
+INLINE void transform_powers(const Job& job, int64_t begin, int64_t size, int64_t power, bool finish, float* v) {
+    int64_t step = LENGTH<Float>, count = std::min(MOST, power / step);
+    if (finish && power <= 2 * MOST * step) return pass_of<FROM, true, Float>(power / step, job, begin, size, step, v);
+    pass_of<FROM, false, Float>(count, job, begin, size, step, v);
+    while ((step *= count) < power) {
+        const int64_t left = power / step;
+        count = left == 2 * MOST ? MOST / 2 : std::min(MOST, left);  // rather 4 x 4 than 8 x 2
+        if (finish && count == left) return pass_of<From::BUFFER, true, Float>(count, job, begin, size, step, v);
+        pass_of<From::BUFFER, false, Float>(count, job, begin, size, step, v);
+    }
+}
+
 template <typename Float>
 INLINE void transform_powers(const Job& job, int64_t begin, int64_t size, int64_t power, bool finish, float* v) {
-    constexpr int64_t MOST = 16;
-    int64_t step = LENGTH<Float>, count = std::min(MOST, power / step);
-    if (finish && count * step == power) return pass_of<true, true, Float>(count, job, begin, size, step, v);
-    pass_of<true, false, Float>(count, job, begin, size, step, v);
-    while ((step *= count) < power) {
-        count = std::min(MOST, power / step);
-        if (finish && count * step == power) return pass_of<false, true, Float>(count, job, begin, size, step, v);
-        pass_of<false, false, Float>(count, job, begin, size, step, v);
-    }
+    job.signs == nullptr ? transform_powers<From::X, Float>(job, begin, size, power, finish, v)
+                         : transform_powers<From::SIGNED_X, Float>(job, begin, size, power, finish, v);
 }
 
 // The same for 2^k shorter than a vector, into v.
@@ -135,7 +155,8 @@ INLINE void transform_unit(const Job& job, int64_t unit) {
     alignas(64) float v[LARGEST_ORDER];
     const int64_t power = job.order / job.base, first = unit * rows_of_unit(job);
     const int64_t last = std::min(job.rows, first + rows_of_unit(job));
-    if (job.base == 1 && power >= LANES && power <= 16 * LANES && job.signs == nullptr) {
+    const bool same_signs = job.signs == nullptr || job.sign_count == job.order;
+    if (job.base == 1 && power >= LANES && power <= 2 * MOST * LANES && same_signs) {
         return transform_powers<Float>(job, first * job.order, (last - first) * job.order, power, true, v);  // all rows in one pass
     }
     for (int64_t begin = first * job.order; begin < last * job.order; begin += job.order) {

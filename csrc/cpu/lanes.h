@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <utility>
+
 #include "butterflies.h"
 #include "host_device.h"
 #include "variants.h"
@@ -42,32 +44,100 @@ INLINE void store(void* to, T vector) {
     std::memcpy(to, &vector, sizeof vector);
 }
 
-// Stores the lowest bytes of each lane as Small numbers. A shuffle, because compilers convert to narrow vectors number by number.
-template <typename Small, typename Int>
-INLINE void store_narrow(Small* to, Int x) {
-    typedef Small Parts __attribute__((vector_size(sizeof(Int))));
-    constexpr int STEP = 4 / sizeof(Small);
-    Parts places;
-    for (size_t i = 0; i < sizeof(Int) / sizeof(Small); ++i) places[i] = static_cast<Small>(i * STEP % (sizeof(Int) / sizeof(Small)));
-    const Parts parts = __builtin_shuffle(load<Parts>(&x), places);
-    std::memcpy(to, &parts, sizeof(Int) / STEP);
+// The vector whose lane i is rule(i), a constant.
+template <typename Result, typename Rule, size_t... I>
+INLINE Result lanes_by(Rule rule, std::index_sequence<I...>) {
+    return Result{std::integral_constant<std::decay_t<decltype(Result{}[0])>, rule(int{I})>::value...};
 }
 
-// Stores four vectors of 4-bit codes, one after another, as bytes of two codes, the even one in the low half.
+// The shuffle whose lane i comes from lane rule(i) of x, or of a followed by b.
+template <typename T, typename Rule>
+INLINE T shuffled(T x, Rule rule) {
+    return __builtin_shuffle(x, lanes_by<IntOf<typename Vector<LENGTH<T>>::Float>>(rule, std::make_index_sequence<LENGTH<T>>{}));
+}
+
+template <typename T, typename Rule>
+INLINE T shuffled(T a, T b, Rule rule) {
+    return __builtin_shuffle(a, b, lanes_by<IntOf<typename Vector<LENGTH<T>>::Float>>(rule, std::make_index_sequence<LENGTH<T>>{}));
+}
+
+// The same of bytes.
+template <typename Int, typename Rule>
+INLINE Int shuffled_bytes(Int x, Rule rule) {
+    using Bytes = typename Vector<sizeof(Int)>::Byte;
+    const Bytes bytes = __builtin_shuffle(load<Bytes>(&x), lanes_by<Bytes>(rule, std::make_index_sequence<sizeof(Int)>{}));
+    return load<Int>(&bytes);
+}
+
+// Stores the lowest bytes of each lane as Small numbers: brings them together within 16 bytes, then these. Shuffles, because compilers
+// convert to narrow vectors number by number.
+template <typename Small, typename Int>
+INLINE void store_narrow(Small* to, Int x) {
+    constexpr int SIZE = sizeof(Small), WORDS = SIZE;  // of 4 bytes that 16 bytes become
+    x = shuffled_bytes(x, [](int i) { return i / 16 * 16 + i % (4 * SIZE) / SIZE * 4 + i % SIZE; });
+    if constexpr (LENGTH<Int> > 4) x = shuffled(x, [](int i) { return i / WORDS * 4 % LENGTH<Int> + i % WORDS; });
+    std::memcpy(to, &x, LENGTH<Int> * SIZE);
+}
+
+// LENGTH<Int> bytes, one a lane. A shuffle, because compilers widen short vectors number by number.
 template <typename Int>
-INLINE void store_nibbles(uint8_t* to, const Int* codes) {
-    using Pairs = typename Vector<LENGTH<Int>>::Pair;
-    using Bytes = typename Vector<4 * LENGTH<Int>>::Byte;
-    constexpr int COUNT = LENGTH<Int> / 2;  // pairs of a vector
-    // Byte k of the two lanes of a pair holds codes of vector k.
-    const Int lanes = codes[0] | (codes[1] << 8) | (codes[2] << 16) | (codes[3] << 24);
-    Pairs pairs = load<Pairs>(&lanes);
-    pairs |= pairs >> 28;
-    Bytes places{};
-    for (int k = 0; k < 4; ++k) {
-        for (int pair = 0; pair < COUNT; ++pair) places[k * COUNT + pair] = static_cast<uint8_t>(pair * 8 + k);
+INLINE Int load_bytes(const uint8_t* from) {
+    constexpr int LANES = LENGTH<Int>;
+    using Lane = Lanes<typename Vector<LANES>::Float>;
+    if constexpr (LANES == 4) {
+        return __builtin_convertvector(load<typename Lane::Byte>(from), Int);
+    } else {
+        typename Lane::Pair pairs;  // every 16 bytes hold all
+        for (int i = 0; i < LANES / 2; ++i) pairs[i] = load<uint64_t>(from + (LANES == 16 ? i % 2 * 8 : 0));
+        return shuffled_bytes(load<Int>(&pairs), [](int i) { return i / 16 * 16 + i / 16 * 4 + i % 16 / 4; }) & 0xff;
     }
-    const Bytes bytes = __builtin_shuffle(load<Bytes>(&pairs), places);
+}
+
+// UNIT lanes of a, UNIT of b, and so on, from the lower or the UPPER half of every 4 lanes.
+template <int UNIT, bool UPPER, typename T>
+INLINE T interleaved(T a, T b) {
+    constexpr int LANES = LENGTH<T>;
+    return shuffled(a, b, [](int i) {
+        const int from_b = i % (2 * UNIT) < UNIT ? 0 : LANES;
+        return from_b + i / 4 * 4 + (UPPER ? 2 : 0) + i % 4 / (2 * UNIT) * UNIT + i % UNIT;
+    });
+}
+
+// Byte k of a lane is the leading byte of that lane of vector k. The other bytes of the vectors are zeros.
+template <typename Int>
+INLINE Int joined_bytes(const Int* leading) {
+    using Unsigned = typename Lanes<typename Vector<LENGTH<Int>>::Float>::Unsigned;
+    return (Int)((Unsigned)leading[0] >> 24 | (Unsigned)leading[1] >> 16 | (Unsigned)leading[2] >> 8 | (Unsigned)leading[3]);
+}
+
+// From bytes k of lanes i < COUNT to bytes k COUNT + i: within 16 bytes first, which is cheap.
+template <int COUNT, typename Int>
+INLINE Int transposed_bytes(Int x) {
+    if constexpr (COUNT == 2) {
+        return shuffled_bytes(x, [](int i) { return i / 8 * 8 + i % 2 * 4 + i % 8 / 2; });
+    } else {
+        constexpr int QUARTER = COUNT / 4;
+        x = shuffled_bytes(x, [](int i) { return i / 16 * 16 + i % 4 * 4 + i % 16 / 4; });
+        return QUARTER == 1 ? x : shuffled(x, [](int i) { return i / COUNT * COUNT + i % QUARTER * 4 + i % COUNT / QUARTER; });
+    }
+}
+
+// Stores the leading bytes of four vectors, one after another.
+template <typename Int>
+INLINE void store_bytes(uint8_t* to, const Int* leading) {
+    store(to, transposed_bytes<LENGTH<Int>>(joined_bytes(leading)));
+}
+
+// Stores the leading codes of 4 bits of four vectors, one after another, as bytes of two codes, the even one in the low half.
+template <typename Int>
+INLINE void store_nibbles(uint8_t* to, const Int* leading) {
+    using Pairs = typename Lanes<typename Vector<LENGTH<Int>>::Float>::Pair;
+    constexpr int COUNT = LENGTH<Int> / 2;  // pairs of a vector
+    const Int lanes = joined_bytes(leading);
+    Pairs pairs = load<Pairs>(&lanes);
+    pairs = pairs >> 4 | pairs >> 32;
+    const Int halves = shuffled(load<Int>(&pairs), [](int i) { return i % COUNT * 2; });
+    const Int bytes = transposed_bytes<COUNT>(halves);
     std::memcpy(to, &bytes, 4 * COUNT);
 }
 
@@ -121,6 +191,22 @@ INLINE int32_t largest_lane(Int x) {
     if constexpr (LENGTH<Int> >= 8) x = larger(x, partners<4>(x));
     x = larger(x, partners<2>(x));
     return larger(x, partners<1>(x))[0];
+}
+
+// The larger ones of lanes DISTANCE apart; those of `a`, then those of `b`, in every 2 DISTANCE lanes.
+template <int DISTANCE, typename Int>
+INLINE Int folded(Int a, Int b) {
+    constexpr int LANES = LENGTH<Int>;
+    return larger(shuffled(a, b, [](int i) { return i % (2 * DISTANCE) < DISTANCE ? i : i - DISTANCE + LANES; }),
+                  shuffled(a, b, [](int i) { return i % (2 * DISTANCE) < DISTANCE ? i + DISTANCE : i + LANES; }));
+}
+
+// Lane i is the largest lane of v[i]; v is used up.
+template <int DISTANCE, typename Int>
+INLINE Int largest_lanes(Int* v) {
+    for (int i = 0; i < DISTANCE; ++i) v[i] = folded<DISTANCE>(v[i], v[i + DISTANCE]);
+    if constexpr (DISTANCE > 1) return largest_lanes<DISTANCE / 2>(v);
+    return v[0];
 }
 
 // One stage of a Hadamard transform within a vector: a and b, DISTANCE lanes apart, become a + b and a - b.

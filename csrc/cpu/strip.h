@@ -1,4 +1,4 @@
-// Strips: 16 rows of a matrix as float32, filled up with zeros, and the 16-point Hadamard transform along and across them.
+// Strips: 16 rows of a matrix as float32, filled up with zeros, and Hadamard transforms and magnitudes along and across them.
 
 #pragma once
 
@@ -20,7 +20,7 @@ struct Matrix {
 INLINE void prefetch(const Matrix& x, int64_t at) {
     const int64_t size = x.type == Type::BFLOAT16 ? 2 : 4;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(x.values) + at * size;
-    for (int64_t line = 0; line < WIDTH * size; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin + line));
+    for (int64_t line = 0; line < WIDTH * size; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin + line), 0, 2);
 }
 
 template <typename Float>
@@ -40,36 +40,59 @@ INLINE void load_strip(const Matrix& x, int64_t row, int64_t column, Strip& stri
     }
 }
 
-// y = H (signs * x) / 4 of every 16 neighbours x of a row, rounded to `type`, with Sylvester's H of order 16.
-template <typename Float>
+// y = H (signs * x) / sqrt(ORDER) of every ORDER neighbours x of a row, rounded to `type`, with Sylvester's H.
+template <int ORDER>
+constexpr float TRANSFORM_SCALE = ORDER == 16 ? 0.25f : 0.17677669529663687f;
+
+template <int ORDER, typename Float>
 INLINE void transform_rows(Type type, const float* signs, const Strip& from, Strip& to) {
-    constexpr int COUNT = 16 / LENGTH<Float>;
-    for (int at = 0; at < HEIGHT * WIDTH; at += 16) {
+    constexpr int COUNT = ORDER / LENGTH<Float>;
+    for (int at = 0; at < HEIGHT * WIDTH; at += ORDER) {
         Float v[COUNT];
         for (int i = 0; i < COUNT; ++i) {
             v[i] = butterflies(load<Float>(&from.values[0][0] + at + i * LENGTH<Float>) * load<Float>(signs + i * LENGTH<Float>));
         }
         butterflies<COUNT>(v);
-        for (int i = 0; i < COUNT; ++i) store(&to.values[0][0] + at + i * LENGTH<Float>, rounded_to(type, v[i] * 0.25f));
+        for (int i = 0; i < COUNT; ++i) {
+            store(&to.values[0][0] + at + i * LENGTH<Float>, rounded_to(type, v[i] * TRANSFORM_SCALE<ORDER>));
+        }
     }
 }
 
-// The same of every column.
-template <typename Float>
-INLINE void transform_columns(Type type, const float* signs, const Strip& from, Strip& to) {
+// The same of every column of ORDER rows, which ORDER / HEIGHT strips hold.
+template <int ORDER, typename Float>
+INLINE void transform_columns(Type type, const float* signs, const Strip* from, Strip* to) {
     for (int c = 0; c < WIDTH; c += LENGTH<Float>) {
-        Float v[HEIGHT];
-        for (int r = 0; r < HEIGHT; ++r) v[r] = load<Float>(from.values[r] + c) * signs[r];
-        butterflies<HEIGHT>(v);
-        for (int r = 0; r < HEIGHT; ++r) store(to.values[r] + c, rounded_to(type, v[r] * 0.25f));
+        Float v[ORDER];
+        for (int r = 0; r < ORDER; ++r) v[r] = load<Float>(from[r / HEIGHT].values[r % HEIGHT] + c) * signs[r];
+        butterflies<ORDER>(v);
+        for (int r = 0; r < ORDER; ++r) store(to[r / HEIGHT].values[r % HEIGHT] + c, rounded_to(type, v[r] * TRANSFORM_SCALE<ORDER>));
     }
 }
 
 template <typename Float>
-INLINE int32_t row_magnitude(const float* v, int count) {
+INLINE IntOf<Float> magnitudes_of(const void* v, int count) {
     IntOf<Float> largest{};
-    for (int i = 0; i < count; i += LENGTH<Float>) largest = larger(largest, magnitude_of(load<Float>(v + i)));
-    return largest_lane(largest);
+    for (int i = 0; i < count; i += LENGTH<Float>) {
+        largest = larger(largest, magnitude_of(load<Float>(static_cast<const float*>(v) + i)));
+    }
+    return largest;
+}
+
+template <typename Float>
+INLINE int32_t row_magnitude(const void* v, int count) {
+    return largest_lane(magnitudes_of<Float>(v, count));
+}
+
+// Of every BLOCK neighbours of a row, row by row.
+template <int BLOCK, typename Float>
+INLINE void block_magnitudes(const Strip& strip, int32_t* magnitudes) {
+    constexpr int LANES = LENGTH<Float>;
+    for (int i = 0; i < HEIGHT * WIDTH / BLOCK; i += LANES) {
+        IntOf<Float> largest[LANES];
+        for (int k = 0; k < LANES; ++k) largest[k] = magnitudes_of<Float>(&strip.values[0][0] + (i + k) * BLOCK, BLOCK);
+        store(magnitudes + i, largest_lanes<LANES / 2>(largest));
+    }
 }
 
 template <typename Float>
@@ -77,4 +100,16 @@ INLINE IntOf<Float> column_magnitudes(const Strip& strip, int column) {
     IntOf<Float> largest{};
     for (int r = 0; r < HEIGHT; ++r) largest = larger(largest, magnitude_of(load<Float>(strip.values[r] + column)));
     return largest;
+}
+
+// Of every BLOCK columns of BLOCK rows, which BLOCK / HEIGHT strips hold.
+template <int BLOCK, typename Float>
+INLINE void square_magnitudes(const Strip* strips, int32_t* magnitudes) {
+    alignas(64) int32_t of_columns[WIDTH];
+    for (int c = 0; c < WIDTH; c += LENGTH<Float>) {
+        IntOf<Float> largest{};
+        for (int s = 0; s < BLOCK / HEIGHT; ++s) largest = larger(largest, column_magnitudes<Float>(strips[s], c));
+        store(of_columns + c, largest);
+    }
+    for (int b = 0; b < WIDTH / BLOCK; ++b) magnitudes[b] = row_magnitude<Float>(of_columns + b * BLOCK, BLOCK);
 }

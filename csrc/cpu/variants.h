@@ -43,15 +43,12 @@ struct Variant {
     std::vector<Variant<JOB>> NAME##_variants() { return {{"portable", true, NAME##_portable}}; }
 #endif
 
-// Treats every unit once, in any order, with the variant of that name, or with the widest if the name is empty.
-template <typename Job>
-int32_t run_variant(const std::vector<Variant<Job>>& variants, const char* name, const Job& job, int64_t units, int64_t threads) {
-    const auto fits = [&](const Variant<Job>& v) { return v.runs_here && (*name == '\0' || std::strcmp(name, v.name) == 0); };
-    const auto found = std::find_if(variants.begin(), variants.end(), fits);
-    if (found == variants.end()) return NO_SUCH_INSTRUCTIONS;
+// Calls treat(unit) once for every unit, in any order.
+template <typename Treat>
+void run_units(int64_t units, int64_t threads, const Treat& treat) {
     std::atomic<int64_t> next{0};
     const auto loop = [&] {
-        for (int64_t unit; (unit = next++) < units;) found->run(job, unit);
+        for (int64_t unit; (unit = next++) < units;) treat(unit);
     };
     std::vector<std::thread> helpers;
     try {
@@ -61,5 +58,14 @@ int32_t run_variant(const std::vector<Variant<Job>>& variants, const char* name,
     }
     loop();
     for (std::thread& helper : helpers) helper.join();
+}
+
+// The same with the variant of that name, or with the widest that the CPU can run if the name is empty.
+template <typename Job>
+int32_t run_variant(const std::vector<Variant<Job>>& variants, const char* name, const Job& job, int64_t units, int64_t threads) {
+    const auto fits = [&](const Variant<Job>& v) { return v.runs_here && (*name == '\0' || std::strcmp(name, v.name) == 0); };
+    const auto found = std::find_if(variants.begin(), variants.end(), fits);
+    if (found == variants.end()) return NO_SUCH_INSTRUCTIONS;
+    run_units(units, threads, [&](int64_t unit) { found->run(job, unit); });
     return DONE;
 }

@@ -9,18 +9,11 @@
 
 namespace {
 
+using fp8::Output;
+
 constexpr int THREADS = 256, WARP = 32, WARPS = THREADS / WARP, SIDE = 128, PART = 32, PARTS = SIDE / PART;
 constexpr int PER = SIDE / WARP;  // values of a row that a thread has
 constexpr unsigned EVERYONE = 0xffffffff;
-
-struct Output {
-    uint8_t* codes;      // null if not wanted
-    void* scales;        // float, of MXFP8 uint8_t
-    float* amax;         // found here where none is given
-    const float* given;  // null if none is
-    int64_t height, width;
-    int64_t lines, across;  // of scales: blocks along a line
-};
 
 template <typename T>
 struct Job {

@@ -3,8 +3,8 @@
 // A block of threads takes a tile of 128 x 64. Each thread treats two blocks of 16 values along rows, then the blocks of two neighbouring
 // columns; codes of columns are gathered in shared memory, so that whole sectors are written.
 
+#include "e2m1.h"
 #include "nvfp4_tile.h"
-#include "philox.h"
 
 namespace {
 
@@ -41,21 +41,6 @@ struct Place {
     int64_t row, column;
 };
 
-// The codes of 16 values, the first in the lowest bits.
-template <bool STOCHASTIC>
-DEVICE uint2 encode(const float* v, float factor, uint64_t seed, uint32_t stream, int64_t row, int64_t block) {
-    Random4 random{};
-    if (STOCHASTIC) random = block_random(seed, stream, row, block);
-    uint32_t words[2] = {0, 0};
-    UNROLL
-    for (int i = 0; i < BLOCK; ++i) {
-        const float scaled = v[i] * factor;
-        const int32_t code = STOCHASTIC ? E2M1::encode_stochastic(scaled, random_byte(random, i)) : E2M1::encode(scaled);
-        words[i / 8] |= static_cast<uint32_t>(code) << (4 * (i % 8));
-    }
-    return {words[0], words[1]};
-}
-
 template <typename T>
 DEVICE void find_squares(Shared<T>& shared) {
     if (threadIdx.x < STRIPS * BLOCKS) shared.magnitudes[threadIdx.x / BLOCKS][threadIdx.x % BLOCKS] = 0;
@@ -82,7 +67,8 @@ DEVICE void quantize_rows(const Job<T>& job, const Place& place, Shared<T>& shar
         const int32_t magnitude = job.square ? shared.magnitudes[r / BLOCK][b] : block_magnitude(v);
         const int32_t scale = block_scale(float_of<float>(magnitude), scale_of_tensor);
         const float factor = encoding_factor<float>(scale, scale_of_tensor);
-        const uint2 codes = encode<STOCHASTIC>(v, factor, job.seed, ROW_STREAM, job.first_row + row, job.first_column / BLOCK + first + b);
+        const int64_t block = job.first_column / BLOCK + first + b;
+        const uint2 codes = e2m1::encode<STOCHASTIC>(v, factor, job.seed, ROW_STREAM, job.first_row + row, block);
         if (job.square) memcpy(shared.squares[r] + b * 8, &codes, sizeof codes);
         if (row >= job.x.rows || first + b >= job.rows.across || job.rows.codes == nullptr) continue;
         reinterpret_cast<uint2*>(job.rows.codes)[row * job.rows.across + first + b] = codes;
@@ -102,7 +88,7 @@ DEVICE void quantize_columns(const Job<T>& job, const Place& place, Shared<T>& s
         transform<T>(job.columns.signs, v[k]);
         const int32_t scale = block_scale(float_of<float>(block_magnitude(v[k])), scale_of_tensor);
         const float factor = encoding_factor<float>(scale, scale_of_tensor);
-        shared.codes[c + k][s] = encode<STOCHASTIC>(v[k], factor, job.seed, COLUMN_STREAM, job.first_column + place.column + c + k,
+        shared.codes[c + k][s] = e2m1::encode<STOCHASTIC>(v[k], factor, job.seed, COLUMN_STREAM, job.first_column + place.column + c + k,
                                                     (job.first_row + place.row) / BLOCK + s);
         shared.scales[c + k][s] = static_cast<uint8_t>(scale);
     }

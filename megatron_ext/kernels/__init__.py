@@ -3,6 +3,7 @@
 from megatron_ext.kernels.fp8_gemm import fp8_gemm
 from megatron_ext.kernels.fp8_quantize import fp8_dequantize, fp8_quantize, fp8_quantize_both
 from megatron_ext.kernels.hadamard import hadamard_transform
+from megatron_ext.kernels.mxfp4_quantize import mxfp4_dequantize, mxfp4_quantize, mxfp4_quantize_both
 from megatron_ext.kernels.newton_schulz import newton_schulz
 from megatron_ext.kernels.nvfp4_gemm import nvfp4_gemm
 from megatron_ext.kernels.nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize, nvfp4_quantize_both
@@ -14,6 +15,9 @@ __all__ = [
     "fp8_quantize",
     "fp8_quantize_both",
     "hadamard_transform",
+    "mxfp4_dequantize",
+    "mxfp4_quantize",
+    "mxfp4_quantize_both",
     "newton_schulz",
     "nvfp4_dequantize",
     "nvfp4_gemm",

@@ -36,6 +36,20 @@ class NVFP4Tensor:
 
 
 @dataclass(frozen=True)
+class MXFP4Tensor:
+    """A matrix [M, K] as E2M1 codes along K, filled up with zeros to K', a multiple of 32. The values are code x 2^(scale - 127)."""
+
+    codes: Tensor
+    """uint8 [M, K' / 2], two codes a byte, the even one in the low half."""
+    scales: Tensor
+    """uint8 [M, K' / 32], or [ceil(M / 32), K' / 32] for square blocks."""
+    shape: tuple[int, int]
+    """M, K."""
+    square: bool = False
+    """Blocks of 32 x 32."""
+
+
+@dataclass(frozen=True)
 class FP8Tensor:
     """A matrix [M, K] as codes of 8 bits. The values are code x scale, the scale that of the value's block."""
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_ext.kernels.amax import amax_both
 from megatron_ext.kernels.fp8_quantize import fp8_quantize, fp8_quantize_both
+from megatron_ext.kernels.mxfp4_quantize import COLUMN_STREAM, mxfp4_quantize, mxfp4_quantize_both
 from megatron_ext.kernels.nvfp4_quantize import nvfp4_quantize, nvfp4_quantize_both
-from megatron_ext.kernels.quantized import FP8Tensor, NVFP4Tensor
-from megatron_ext.precision.mxfp4 import MXFP4Tensor, mxfp4_quantize
+from megatron_ext.kernels.quantized import FP8Tensor, MXFP4Tensor, NVFP4Tensor
 from megatron_ext.precision.recipe import Operand
 
 Quantized = NVFP4Tensor | FP8Tensor | MXFP4Tensor
@@ -107,17 +107,16 @@ def _fp8(x: Tensor, rows: Operand | None, columns: Operand | None, part: Part) -
 
 
 def _mxfp4(x: Tensor, rows: Operand | None, columns: Operand | None, part: Part) -> Pair:
-    def quantized(of: Tensor, operand: Operand, stream: int, offset: tuple[int, ...]) -> MXFP4Tensor:
-        seed = part.seed if operand.stochastic else None
-        signs = part.signs if operand.transform else None
-        first, second = offset
-        return mxfp4_quantize(of, square=operand.square, seed=seed, stream=stream, signs=signs, offset=(first, second))
-
+    operand = rows or columns
+    assert operand is not None and not (rows and rows.transform), "a transform of rows is in no recipe"
+    signs = part.signs if columns is not None and columns.transform else None
+    options: dict[str, Any] = {"square": operand.square, "seed": part.seed if operand.stochastic else None}
     offset = tuple(-(-place // 32) * 32 for place in part.offset)
-    return (
-        quantized(x, rows, 0, offset) if rows else None,
-        quantized(x.mT, columns, 1, offset[::-1]) if columns else None,
-    )
+    if columns is None:
+        return mxfp4_quantize(x, offset=offset, **options), None
+    if rows is None:
+        return None, mxfp4_quantize(x.mT, stream=COLUMN_STREAM, signs=signs, offset=offset[::-1], **options)
+    return mxfp4_quantize_both(x, column_signs=signs, offset=offset, **options)
 
 
 def stripped(quantized: Quantized) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Quantized]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.fp8_quantize import fp8_dequantize, fp8_quantize
+from megatron_ext.kernels.mxfp4_quantize import mxfp4_dequantize, mxfp4_quantize
 from megatron_ext.kernels.nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize
 from megatron_ext.precision.integer import (
     FEWEST_BITS,
@@ -17,7 +18,6 @@ from megatron_ext.precision.integer import (
     quantize_clipped,
     quantize_symmetric,
 )
-from megatron_ext.precision.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 
 Quantizer = Callable[[Tensor], Tensor]
 """From a matrix to the numbers that its codes stand for, of the same shape and type. Scales are shared along the last dimension."""

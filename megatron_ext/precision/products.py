@@ -7,10 +7,10 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.emulated_mm import emulated_mm, operand_dtype
 from megatron_ext.kernels.fp8_gemm import fp8_gemm
 from megatron_ext.kernels.fp8_gemm import select_backend as select_fp8_backend
+from megatron_ext.kernels.mxfp4_quantize import mxfp4_dequantize
 from megatron_ext.kernels.nvfp4_gemm import nvfp4_gemm
 from megatron_ext.kernels.nvfp4_gemm import select_backend as select_nvfp4_backend
-from megatron_ext.kernels.quantized import FP8Tensor, NVFP4Tensor
-from megatron_ext.precision.mxfp4 import MXFP4Tensor, mxfp4_dequantize
+from megatron_ext.kernels.quantized import FP8Tensor, MXFP4Tensor, NVFP4Tensor
 from megatron_ext.precision.operands import Part, Quantized, quantize
 from megatron_ext.precision.recipe import Gemm, LinearRecipe
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.kernels.fp8_quantize import fp8_dequantize, fp8_quantize
-from megatron_ext.kernels.quantized import FP8Tensor
-from megatron_ext.precision.mxfp4 import MXFP4Tensor, mxfp4_dequantize, mxfp4_quantize
+from megatron_ext.kernels.mxfp4_quantize import mxfp4_dequantize, mxfp4_quantize
+from megatron_ext.kernels.quantized import FP8Tensor, MXFP4Tensor
 from megatron_ext.precision.state import PrecisionState
 
 BLOCK = 32

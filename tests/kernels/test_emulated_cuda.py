@@ -15,13 +15,16 @@ from megatron_ext.kernels import build, native
 from megatron_ext.kernels.amax import amax_both
 from megatron_ext.kernels.fp8_quantize import BLOCKS, fp8_dequantize, fp8_quantize, fp8_quantize_both
 from megatron_ext.kernels.hadamard import hadamard_transform
+from megatron_ext.kernels.mxfp4_quantize import mxfp4_quantize, mxfp4_quantize_both
 from megatron_ext.kernels.nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize, nvfp4_quantize_both
 from tests.kernels.test_fp8_quantize import equal as equal_fp8
 from tests.kernels.test_fp8_quantize import matrix
+from tests.kernels.test_mxfp4_quantize import SIGNS as SIGNS_OF_32
+from tests.kernels.test_mxfp4_quantize import equal as equal_mxfp4
 from tests.kernels.test_nvfp4_quantize import SIGNS
 from tests.kernels.test_nvfp4_quantize import equal as equal_nvfp4
 
-STEMS = ("amax", "fp8_quantize", "hadamard", "nvfp4_dequantize", "nvfp4_quantize")
+STEMS = ("amax", "fp8_quantize", "hadamard", "mxfp4_quantize", "nvfp4_dequantize", "nvfp4_quantize")
 SHAPES = [(1, 1), (33, 72), (129, 137), (130, 131)]
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -34,7 +37,7 @@ def include_flags() -> list[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All kernels in one translation unit, which takes a quarter of the time; each has its own namespace."""
     path = tmp_path_factory.mktemp("emulated") / "kernels.cu"
-    headers = ("launch.h", "tile.h", "nvfp4_tile.h", "philox.h", "fp8.h")
+    headers = ("launch.h", "tile.h", "nvfp4_tile.h", "e2m1.h", "fp8.h", "mxfp4.h")
     texts = (f'namespace of_{stem} {{\n#include "{build.SOURCES}/cuda/{stem}.cu"\n}}\n' for stem in STEMS)
     path.write_text("".join(f'#include "{header}"\n' for header in headers) + "".join(texts))
     return path
@@ -102,6 +105,21 @@ def test_nvfp4(called: list[str], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mxfp4(called: list[str], dtype: torch.dtype) -> None:
+    for shape, seed, square in itertools.product(SHAPES, (None, 7), (False, True)):
+        x = matrix(*shape, dtype)
+        way = {"seed": seed, "square": square, "signs": None if square else SIGNS_OF_32}
+        expected = mxfp4_quantize_both(x, **way, column_signs=way["signs"], offset=(32, 64), backend="torch")
+        mine = mxfp4_quantize_both(x, **way, column_signs=way["signs"], offset=(32, 64))
+        assert all(equal_mxfp4(a, b) for a, b in zip(mine, expected, strict=True)), (shape, way)
+        alone = mxfp4_quantize(x, seed=seed, square=square, stream=5)
+        assert equal_mxfp4(alone, mxfp4_quantize(x, seed=seed, square=square, stream=5, backend="torch")), (shape, way)
+    x[1, 1], x[2, 40] = float("nan"), float("inf")
+    assert equal_mxfp4(mxfp4_quantize(x, seed=3), mxfp4_quantize(x, seed=3, backend="torch"))
+    assert set(called) == {"mxfp4_quantize"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_amax(called: list[str], dtype: torch.dtype) -> None:
     for shape, signs in itertools.product(SHAPES, (None, SIGNS)):
         x = matrix(*shape, dtype)
@@ -135,4 +153,4 @@ def test_nvcc_keeps_everything_in_registers(source: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
-    assert len(frames) == 24 and set(frames) == {("0", "0")}, done.stderr
+    assert len(frames) == 28 and set(frames) == {("0", "0")}, done.stderr

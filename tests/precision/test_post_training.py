@@ -5,9 +5,9 @@ import torch
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.fp8_quantize import fp8_dequantize, fp8_quantize
+from megatron_ext.kernels.mxfp4_quantize import mxfp4_dequantize, mxfp4_quantize
 from megatron_ext.kernels.nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize
 from megatron_ext.precision.integer import quantize_asymmetric, quantize_clipped, quantize_symmetric
-from megatron_ext.precision.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from megatron_ext.precision.post_training import FLOATS, named_scheme
 
 
