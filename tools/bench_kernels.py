@@ -27,7 +27,9 @@ KERNELS = {
     "fp8_quantize": "bench_fp8_quantize",
     "hadamard": "bench_hadamard",
     "max_logits": "bench_max_logits",
+    "mxfp4_quantize": "bench_mxfp4_quantize",
     "newton_schulz": "bench_newton_schulz",
+    "norm": "bench_norm",
     "nvfp4_gemm": "bench_nvfp4_gemm",
     "nvfp4_quantize": "bench_nvfp4_quantize",
 }
