@@ -23,7 +23,7 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.model.precision import linear_recipes, set_recipe
 from megatron_ext.optim import AdamW
-from megatron_ext.parallel.device import local_device
+from megatron_ext.parallel.device import local_device, synchronize
 from megatron_ext.precision.options import PrecisionOptions
 from megatron_ext.precision.products import select_backends
 from megatron_ext.precision.recipe import Recipe
@@ -57,8 +57,7 @@ class Step:
             for master, parameter in zip(self._masters, self._network.parameters(), strict=True):
                 parameter.copy_(master)
         self._state.end_step()
-        if self._pack.tokens.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(self._pack.tokens.device)
 
 
 def pack_of(config: RunConfig, vocab_size: int, device: torch.device) -> PackedBatch:

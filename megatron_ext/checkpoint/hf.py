@@ -1,7 +1,7 @@
 """Weights in Hugging Face directories: config.json and safetensors, one file or many. Pickled weights are never read."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,19 @@ def load_hf_weights(model: GPT, directory: str | Path) -> None:
 
 def read_hf_tensors(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every parameter of ``config``, in the order of the model, read one at a time; errors as ``load_hf_weights``."""
-    return _stream(_checked_files(directory, config), parameter_shapes(config))
+    return in_order(hf_tensor_reader(directory, config), config)
+
+
+def in_order(read: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every parameter of ``config``, in the order of the model, as ``read`` gives them one at a time."""
+    return ((name, read(name)) for name in parameter_shapes(config))
+
+
+def hf_tensor_reader(directory: str | Path, config: ModelConfig) -> Callable[[str], Tensor]:
+    """Reads a parameter of ``config`` by its name, in any order; errors as ``load_hf_weights``."""
+    files = _checked_files(directory, config)
+    opened = {path: safe_open(path, framework="pt") for path in set(files.values())}
+    return lambda name: opened[files[name]].get_tensor(name)
 
 
 def _checked_files(directory: str | Path, config: ModelConfig) -> dict[str, Path]:
@@ -80,11 +92,11 @@ def save_hf(
     bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
 ) -> None:
-    """Write ``tensors`` as ``dtype`` into ``directory`` (made if needed), so that transformers loads it as it lies.
+    """Write ``tensors`` as ``dtype`` into ``directory`` (made if needed), so that transformers loads it as it lies where a family has it.
 
     Names and shapes must be those of the model; given in its order, only one file's tensors are in memory at a time. Each file appears
     whole or not at all and config.json last; a caller that wants the same of the directory writes it beside and renames. Raises
-    CheckpointError for a wrong set of tensors and for a model that no family has.
+    CheckpointError for a wrong set of tensors.
     """
     directory = Path(directory)
     hf = config_to_hf(config, dtype=str(dtype).removeprefix("torch."), bos_token_id=bos_token_id, eos_token_id=eos_token_id)
@@ -209,12 +221,6 @@ def _check(files: Mapping[str, Path], shapes: Mapping[str, torch.Size]) -> None:
                     raise CheckpointError(f"{path}: {name} has shape {view.get_shape()}; config.json asks for {list(shapes[name])}")
                 if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                     raise CheckpointError(f"{path}: {name} has dtype {view.get_dtype()}; F64, F32, F16 and BF16 are accepted")
-
-
-def _stream(files: Mapping[str, Path], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    opened = {path: safe_open(path, framework="pt") for path in set(files.values())}
-    for name in shapes:
-        yield name, opened[files[name]].get_tensor(name)
 
 
 def _check_tied_head(files: Mapping[str, Path]) -> None:

@@ -1,8 +1,9 @@
-"""Between ``ModelConfig`` and the config.json of Llama, Mistral, Qwen2 and Qwen3."""
+"""Between ``ModelConfig`` and the config.json of Llama, Mistral, Qwen2 and Qwen3, or of this package where none of them has the model."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ext.checkpoint.own_config import OWN_TYPE, no_family_has, own_config, read_own_config
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.model.config import ModelConfig
 
@@ -36,8 +37,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     or partial rotary embeddings, mixtures of experts, biases outside q, k and v, activations other than silu.
     """
     family = hf.get("model_type")
+    if family == OWN_TYPE:
+        return read_own_config(hf)
     if family not in FAMILY_DEFAULTS:
-        raise CheckpointError(f"config.json: model_type is {family!r}; accepted are {', '.join(FAMILY_DEFAULTS)}")
+        raise CheckpointError(f"config.json: model_type is {family!r}; accepted are {', '.join(FAMILY_DEFAULTS)} and {OWN_TYPE}")
     hf = {**FAMILY_DEFAULTS[family], **hf}
     _refuse_other_values(hf)
     _refuse_sliding_window(hf)
@@ -69,10 +72,11 @@ def config_to_hf(
     """The config.json of ``config``, whose weights are stored as ``dtype`` ("float32", "bfloat16" ...).
 
     The family is Qwen3 with query and key norms, Qwen2 with q, k and v biases, else Llama. Rotary settings are written in both the
-    layout of transformers 5 and that of 4. Raises CheckpointError where no family has the combination.
+    layout of transformers 5 and that of 4. Where no family has the model it is ``own_config``, which says what they lack.
     """
-    if config.qk_norm and config.qkv_bias:
-        raise CheckpointError("model.qk_norm together with model.qkv_bias exists in no Hugging Face family: export is not possible")
+    beside = {"dtype": dtype, "torch_dtype": dtype, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    if no_family_has(config):
+        return own_config(config, beside)
     family, architecture = _family(config)
     hf = {
         "architectures": [architecture],
@@ -93,10 +97,7 @@ def config_to_hf(
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
+        **beside,
     }
     biases = {"llama": {"attention_bias": False, "mlp_bias": False}, "qwen2": {}, "qwen3": {"attention_bias": False}}
     window = {} if family == "llama" else {"use_sliding_window": False, "sliding_window": None}

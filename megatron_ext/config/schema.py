@@ -74,6 +74,12 @@ class RunConfig(BaseModel):
                 self.precision.recipe,
                 "bf16 with train.dtype float64, which is not quantized",
             ),
+            (
+                sharding == "whole_tensor" or not self.model.norm.keeps_statistics,
+                "model.norm.kind",
+                self.model.norm.kind,
+                f"a kind without statistics of tokens with optimizer.sharding {sharding}: only whole_tensor updates them",
+            ),
             (has_vocabulary, "tokenizer", self.tokenizer, "a directory; null with model.init_from or model.vocab_size"),
         )
         return self

@@ -1,5 +1,8 @@
 """One layer of the decoder."""
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from megatron_ext.model.attention import Attention
@@ -8,12 +11,46 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
 from megatron_ext.model.max_logits import MaxLogits
 from megatron_ext.model.mlp import MLP
-from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.norm_kinds import build_norm, normalized
 from megatron_ext.parallel.tensor import TensorParallel
 
 
+class Sites(NamedTuple):
+    """Names of the norms around attention or the MLP; None: there is none."""
+
+    before: str | None = None
+    """Of what it reads."""
+    behind: str | None = None
+    """Of what it adds to the stream."""
+    stream: str | None = None
+    """Of the stream with what it added."""
+
+
+SITES: Mapping[str, tuple[Sites, Sites]] = {
+    "pre": (Sites(before="input_layernorm"), Sites(before="post_attention_layernorm")),
+    "post": (Sites(stream="post_attention_layernorm"), Sites(stream="post_feedforward_layernorm")),
+    "peri": (
+        Sites(before="input_layernorm", behind="post_attention_layernorm"),
+        Sites(before="pre_feedforward_layernorm", behind="post_feedforward_layernorm"),
+    ),
+}
+"""Norms around attention and around the MLP, by placement: ``pre`` with the names of Llama, ``peri`` with those of Gemma 2."""
+
+
+def placement_of(config: ModelConfig, layer: int) -> str:
+    """Key of ``SITES`` for block ``layer``, from 0."""
+    if config.norm.placement != "mix":
+        return config.norm.placement
+    return "post" if layer < -(-config.num_layers // 4) else "pre"
+
+
 class Block(nn.Module):
-    """Pre-norm attention and MLP around a residual stream.
+    """Attention and MLP around a residual stream x, with norms N where ``norm.placement`` says; F is attention, then the MLP.
+
+    - ``pre``: x + F(N(x)).
+    - ``post``: N(x + F(x)) (Vaswani et al. 2017, arXiv:1706.03762, section 3.1).
+    - ``peri``: x + N'(F(N(x))) (Peri-LN: Kim et al. 2025, arXiv:2502.02732, section 3).
+    - ``mix``: ``post`` in the first quarter of the layers, rounded up, then ``pre`` (Mix-LN: Li et al. 2024, arXiv:2412.13795, equation 8).
 
     Args:
         config: shape.
@@ -34,11 +71,12 @@ class Block(nn.Module):
         max_logits: MaxLogits | None = None,
     ) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.tp, self.recompute = tp, recompute
         self.self_attn = Attention(config, attention, tp, layer, max_logits)
         self.mlp = MLP(config, tp)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, partial=tp.shard_tokens)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, partial=tp.shard_tokens)
+        self.sites = SITES[placement_of(config, layer)]
+        for name in (name for sites in self.sites for name in sites if name is not None):
+            self.add_module(name, build_norm(config, tp.shard_tokens, layer))
 
     def forward(self, x: Tensor, pack: PackContext) -> Tensor:
         """Map the residual stream ``x`` [T, hidden] (this rank's tokens of it, where they are divided) to the same shape."""
@@ -47,5 +85,13 @@ class Block(nn.Module):
         return self._forward(x, pack)
 
     def _forward(self, x: Tensor, pack: PackContext) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), pack)
-        return x + self.mlp(self.post_attention_layernorm(x), pack.tokens)
+        attention, mlp = self.sites
+        x = self._add(attention, x, pack.tokens, lambda read: self.self_attn(read, pack))
+        return self._add(mlp, x, pack.tokens, lambda read: self.mlp(read, pack.tokens))
+
+    def _add(self, sites: Sites, x: Tensor, tokens: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        x = x + self._norm(sites.behind, function(self._norm(sites.before, x, tokens)), tokens)
+        return self._norm(sites.stream, x, tokens)
+
+    def _norm(self, name: str | None, x: Tensor, tokens: int) -> Tensor:
+        return x if name is None else normalized(self.get_submodule(name), x, self.tp, tokens)

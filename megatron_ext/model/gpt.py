@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from megatron_ext.model.block import Block
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
+from megatron_ext.model.embedding_projection import EmbeddingProjection, shrink_gradient
 from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.loss import linear_cross_entropy
 from megatron_ext.model.max_logits import MaxLogits
-from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.norm_kinds import build_norm, normalized
 from megatron_ext.model.placements import parameter_boxes
 from megatron_ext.model.rope import rope_tables
 from megatron_ext.parallel.pipeline import Stage, whole_model
@@ -21,7 +22,11 @@ from megatron_ext.precision.state import PrecisionState
 
 
 class Decoder(nn.Module):
-    """Everything under the name ``model.`` in a checkpoint that this stage holds. A tied embedding is on the last stage too."""
+    """Everything under the name ``model.`` in a checkpoint that this stage holds. A tied embedding is on the last stage too.
+
+    The norm and the projection behind the embedding, and the projection before the head, are there where the configuration says so.
+    The last norm is there with every placement.
+    """
 
     def __init__(
         self, config: ModelConfig, attention: str, recompute: str, tp: TensorParallel, stage: Stage, max_logits: MaxLogits | None
@@ -29,9 +34,13 @@ class Decoder(nn.Module):
         super().__init__()
         embeds = stage.is_first or (stage.is_last and config.tie_embeddings)
         self.embed_tokens = VocabularyEmbedding(tp.rows(config.vocab_size), config.hidden_size) if embeds else None
+        projects, size, partial = config.embedding_projection, config.hidden_size, tp.shard_tokens
+        self.embed_projection = EmbeddingProjection(size, partial) if projects and stage.is_first else None
+        self.embed_norm = build_norm(config, partial) if config.norm.embedding_norm and stage.is_first else None
         blocks = {str(layer): Block(config, attention, tp, layer, recompute, max_logits) for layer in stage.layers}
         self.layers = nn.ModuleDict(blocks)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, partial=tp.shard_tokens) if stage.is_last else None
+        self.norm = build_norm(config, partial) if stage.is_last else None
+        self.head_projection = EmbeddingProjection(size, partial) if projects and stage.is_last else None
 
 
 class GPT(nn.Module):
@@ -66,7 +75,8 @@ class GPT(nn.Module):
         self.stage = stage or whole_model(config.num_layers)
         self.model = Decoder(config, attention, recompute, self.tp, self.stage, max_logits)
         has_head = self.stage.is_last and not config.tie_embeddings
-        self.lm_head = ColumnLinear(config.hidden_size, self.tp.rows(config.vocab_size)) if has_head else None
+        rows, bias = self.tp.rows(config.vocab_size), config.head_bias
+        self.lm_head = ColumnLinear(config.hidden_size, rows, bias=bias) if has_head else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -74,6 +84,13 @@ class GPT(nn.Module):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         assert head is not None, "the last stage has a head"
         return head.weight
+
+    def _head(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Hidden states and output matrix whose product are the logits; a bias is one more column, against ones."""
+        hidden, weight = self.head_input(x, tokens), self.head_weight
+        if self.lm_head is None or self.lm_head.bias is None:
+            return hidden, weight
+        return torch.cat([hidden, hidden.new_ones(tokens, 1)], 1), torch.cat([weight, self.lm_head.bias[:, None]], 1)
 
     def reset_parameters(self, seed: int) -> None:
         """Draw every weight anew: a function of ``seed`` and the parameter's name alone, whatever the ranks."""
@@ -95,7 +112,9 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Residual stream [T, hidden] of ``tokens`` int [T], as it is outside a tensor-parallel region. Only on the first stage."""
         assert self.model.embed_tokens is not None, "the first stage has the embedding"
-        return self.tp.leave(self.model.embed_tokens(tokens))
+        x = shrink_gradient(self.tp.leave(self.model.embed_tokens(tokens)), self.config.embedding_gradient_shrink)
+        x = x if self.model.embed_projection is None else self.model.embed_projection(x)
+        return x if self.model.embed_norm is None else normalized(self.model.embed_norm, x, self.tp, len(tokens))
 
     def blocks(self, x: Tensor, pack: PackContext) -> Tensor:
         """Map the residual stream ``x`` through the blocks of this stage."""
@@ -104,19 +123,21 @@ class GPT(nn.Module):
         return x
 
     def head_input(self, x: Tensor, tokens: int) -> Tensor:
-        """Final normalised hidden states [T, hidden], on every tensor-parallel rank. Only on the last stage; ``tokens`` is T."""
+        """What the head reads [T, hidden], on every tensor-parallel rank. Only on the last stage; ``tokens`` is T."""
         assert self.model.norm is not None, "the last stage has the final norm"
-        return self.tp.enter(self.model.norm(x), tokens)
+        x = normalized(self.model.norm, x, self.tp, tokens)
+        x = x if self.model.head_projection is None else self.model.head_projection(x)
+        return self.tp.enter(x, tokens)
 
     def loss(self, x: Tensor, labels: Tensor, loss_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a pack from the residual stream after the last block; arguments and results as in ``forward``. Only on the last stage."""
-        hidden, rows = self.head_input(x, len(labels)), self.tp.rows(self.config.vocab_size)
-        return linear_cross_entropy(hidden, self.head_weight, labels, loss_weight, rows, self.tp.group)
+        hidden, weight = self._head(x, len(labels))
+        return linear_cross_entropy(hidden, weight, labels, loss_weight, self.tp.rows(self.config.vocab_size), self.tp.group)
 
     def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """This rank's columns of the logits [T, V] in the model's dtype, on one stage; arguments as in ``forward``."""
         x = self.blocks(self.embed(tokens), self.context(positions, cu_seqlens, max_seqlen))
-        return F.linear(self.head_input(x, len(tokens)), self.head_weight)
+        return F.linear(*self._head(x, len(tokens)))
 
     def forward(
         self,

@@ -14,8 +14,8 @@ class MLP(nn.Module):
         super().__init__()
         channels = tp.rows(config.intermediate_size)
         self.tp = tp
-        self.gate_proj = ColumnLinear(config.hidden_size, channels)
-        self.up_proj = ColumnLinear(config.hidden_size, channels)
+        self.gate_proj = ColumnLinear(config.hidden_size, channels, bias=config.mlp_bias)
+        self.up_proj = ColumnLinear(config.hidden_size, channels, bias=config.mlp_bias)
         self.down_proj = RowLinear(channels, config.hidden_size)
 
     def forward(self, x: Tensor, tokens: int) -> Tensor:

@@ -1,59 +1,80 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4)."""
-
-from typing import Any
+"""Norms whose statistics are of one token: RMSNorm, SSNorm, CRMSNorm and LayerNorm."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from megatron_ext.kernels.accelerators import apex
+from megatron_ext.kernels.norm import rms_norm
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension of ``x`` [..., n] and scale it by ``weight`` [n]; the result has ``x``'s dtype.
-
-    Statistics are float32 (float64 for float64 input) and the normalised values are rounded to ``x``'s dtype before the
-    scaling, as transformers does, so that bfloat16 models agree with it.
-    """
-    return _RMSNorm.apply(x, weight, eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps one number a row for backward and makes half the passes over memory that autograd would."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        size = x.shape[-1]
-        wide_x, wide_grad, wide_weight = (tensor.to(scale.dtype) for tensor in (x, grad, weight))
-        product = wide_x * wide_grad
-        along_x = (product @ wide_weight).unsqueeze(-1).mul_(scale.pow(3)).div_(-size)
-        grad_weight = scale.reshape(1, -1) @ product.reshape(-1, size)
-        grad_x = torch.mul(wide_grad, wide_weight, out=product).mul_(scale).addcmul_(wide_x, along_x)
-        return grad_x.to(x.dtype), grad_weight.squeeze(0).to(weight.dtype), None
-
-
-class RMSNorm(nn.Module):
-    """``rms_norm`` with a learned scale.
+class Norm(nn.Module):
+    """What the norms have in common.
 
     Args:
         size: width of what is normalised.
-        eps: added to the mean square.
-        partial: each tensor-parallel rank normalises other vectors, so that their gradients of the scale must be summed.
+        eps: added to the mean square or variance.
+        partial: each tensor-parallel rank normalises other vectors, so that their gradients of the gain must be summed.
+        factor: the result is multiplied by it. It is a number of the program, neither learned nor saved.
     """
 
-    def __init__(self, size: int, eps: float, partial: bool = False) -> None:
+    one_gain = False
+    """One learned gain for all channels."""
+
+    def __init__(self, size: int, eps: float, partial: bool = False, factor: float = 1.0) -> None:
         super().__init__()
-        self.eps = eps
-        self.partial = partial
-        self.weight = nn.Parameter(torch.ones(size))
+        self.size, self.eps, self.partial, self.factor = size, eps, partial, factor
+        self.weight = nn.Parameter(torch.ones(1 if self.one_gain else size))
+
+    @property
+    def gain(self) -> Tensor:
+        """Learned gain times ``factor``."""
+        return self.weight if self.factor == 1.0 else self.weight * self.factor
+
+
+class RMSNorm(Norm):
+    """``kernels.norm.rms_norm`` with a learned gain for each channel."""
+
+    backend = "torch"
+    """Of ``rms_norm``, or ``apex``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
+        if self.backend == "apex":
+            return apex.rms_norm(x, self.gain, self.eps)
+        return rms_norm(x, self.gain, self.eps, backend=self.backend)
+
+
+class SSNorm(RMSNorm):
+    """``rms_norm`` with one learned gain, so that no channel is favoured (Park et al. 2025, arXiv:2506.19697, section 3.2).
+
+    It is ScaleNorm (Nguyen and Salazar 2019, arXiv:1910.05895, equation 5) with its scale divided by sqrt(size).
+    """
+
+    one_gain = True
+
+
+class CRMSNorm(Norm):
+    """RMSNorm of a vector of mean zero with one more channel than ``size``, which is not stored: it is minus the sum of the others.
+
+    Jiang et al. 2023, arXiv:2305.14858, definition 2: x / sqrt((sum x^2 + (sum x)^2) / (size + 1) + eps), times a learned gain.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., size]; statistics as those of ``rms_norm``."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
+        return (wide * torch.rsqrt(squares / (self.size + 1) + self.eps)).to(x.dtype) * self.gain
+
+
+class LayerNorm(Norm):
+    """Ba et al. 2016, arXiv:1607.06450, equation 4, with a learned gain and bias for each channel."""
+
+    def __init__(self, size: int, eps: float, partial: bool = False, factor: float = 1.0) -> None:
+        super().__init__(size, eps, partial, factor)
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., size]."""
+        bias = self.bias if self.factor == 1.0 else self.bias * self.factor
+        return F.layer_norm(x, (self.size,), self.gain, bias, self.eps)

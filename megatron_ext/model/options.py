@@ -1,8 +1,9 @@
 """What a user can say about the model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.option_rules import require
 
 
@@ -11,7 +12,8 @@ class ModelOptions:
     """A decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3), or where to take it from."""
 
     init_from: str | None = None
-    """Directory of a Hugging Face checkpoint: weights and shape come from it, and no other key may be set but ``attention``."""
+    """Directory of a Hugging Face checkpoint: weights and shape come from it, and no other key may be set but ``attention`` and
+    ``norm_backend``."""
     vocab_size: int | None = None
     """Rows of the embedding; null: the size of the tokenizer."""
     hidden_size: int = 256
@@ -30,18 +32,28 @@ class ModelOptions:
     """Longest sequence that the exported config.json promises; null: ``data.sequence_length``."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
-    norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    norm: NormOptions = field(default_factory=NormOptions)
+    """Kind and places of the norms."""
+    norm_eps: float | None = None
+    """Added to the mean square in norms; null: 1e-6 with ``norm.kind`` ss, else 1e-5."""
     qk_norm: bool = False
     """RMSNorm on each query and key head, as in Qwen3."""
     qkv_bias: bool = False
     """Biases on the q, k and v projections, as in Qwen2."""
     tie_embeddings: bool = False
     """Use the input embedding as the output head."""
+    embedding_projection: bool = False
+    """A square matrix behind the embedding and one before the head, orthogonal at first (EmbProj: Park et al. 2025, arXiv:2506.19697)."""
+    embedding_gradient_shrink: float = 1.0
+    """Factor of the gradient of the embedding, above 0 and at most 1, as an input (GLM-130B: Zeng et al. 2022, arXiv:2210.02414: 0.1)."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; projections into the residual are scaled by 1/sqrt(2 layers)."""
+    """Standard deviation of the initial weights; projections into the residual are scaled by 1/sqrt(2 layers), but for
+    ``norm.depth_scaling``."""
     attention: Literal["auto", "dense", "sdpa", "varlen", "flash_attn"] = "auto"
     """``dense``, ``sdpa``, ``varlen``, ``flash_attn``; ``auto``: the fastest that the device can run, printed at start."""
+    norm_backend: Literal["torch", "auto", "apex"] = "torch"
+    """What computes RMSNorm and SSNorm: PyTorch; ``auto``: fused kernels, in C++ on CPUs (built when first used) and Triton on GPUs, whose
+    last bits differ; ``apex``: NVIDIA's package, RMSNorm on GPUs. Printed at start."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position")
@@ -60,6 +72,7 @@ class ModelOptions:
             ),
             (not (self.head_dim or 0) % 2, "head_dim", self.head_dim, "an even number: rotary positions turn pairs"),
             (self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0"),
-            (self.norm_eps > 0, "norm_eps", self.norm_eps, "more than 0"),
+            (self.norm_eps is None or self.norm_eps > 0, "norm_eps", self.norm_eps, "more than 0, or null"),
+            (0 < self.embedding_gradient_shrink <= 1, "embedding_gradient_shrink", self.embedding_gradient_shrink, "above 0, at most 1"),
             (self.init_std >= 0, "init_std", self.init_std, "at least 0"),
         )

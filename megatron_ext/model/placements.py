@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.embedding_projection import EmbeddingProjection
+from megatron_ext.model.norm import Norm
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.parallel.placement import Box, Placement, whole_box
 from megatron_ext.parallel.split import Split
@@ -56,7 +57,7 @@ def _replicas(module: nn.Module, grid: Grid) -> tuple[tuple[int, ...], bool]:
     """The tensor-parallel ranks with the same part as this one, and whether each has only a part of its gradient."""
     split, ranks, rank = _split(module), grid.tp.ranks, grid.tp.rank
     if split is None:
-        return ranks, len(ranks) > 1 and isinstance(module, RMSNorm) and module.partial
+        return ranks, len(ranks) > 1 and isinstance(module, Norm | EmbeddingProjection) and module.partial
     first = rank // split.copies * split.copies
     return ranks[first : first + split.copies], split.copies > 1
 

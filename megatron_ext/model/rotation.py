@@ -19,6 +19,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.hadamard import hadamard_transform, split_order
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import parameter_shapes
+from megatron_ext.model.norm_options import NormOptions
 
 Weights = dict[str, Tensor]
 
@@ -44,9 +45,10 @@ def fold_norms(weights: Mapping[str, Tensor], config: ModelConfig) -> tuple[Weig
         The weights, and the shape of the model that they are of.
 
     Raises:
-        ConfigError: the weights are not those of ``config``.
+        ConfigError: the weights are not those of ``config``, or its norms are not those of Llama.
     """
     _check(weights, config)
+    _check_norms(config)
     folded = dict(weights)
     folded[HEAD] = weights[EMBEDDING if config.tie_embeddings else HEAD]
     behind = {FINAL_NORM: (HEAD,)}
@@ -65,9 +67,10 @@ def rotate_residual(weights: Mapping[str, Tensor], config: ModelConfig, seed: in
     """Turn the residual stream x to x Q, Q = diag(s) H^T / sqrt(n) with signs s drawn from ``seed``.
 
     Raises:
-        ConfigError: gains of norms are not 1, or the weights are not those of ``config``.
+        ConfigError: gains of norms are not 1, or the weights are not those of ``config``, or its norms are not those of Llama.
     """
     _check(weights, config)
+    _check_norms(config)
     norms = [FINAL_NORM] + [f"model.layers.{layer}.{norm}.weight" for layer in range(config.num_layers) for norm in NORMS]
     unfolded = [name for name in norms if not torch.equal(weights[name], torch.ones_like(weights[name]))]
     if unfolded:
@@ -158,3 +161,12 @@ def _check(weights: Mapping[str, Tensor], config: ModelConfig) -> None:
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise ConfigError(f"weights of another model: {name} is {list(weights[name].shape)}; expected {list(shape)}")
+
+
+def _check_norms(config: ModelConfig) -> None:
+    """Other norms, and norms elsewhere, do not let a turn through, or are not known here."""
+    if config.norm != NormOptions() or config.embedding_projection:
+        raise ConfigError(
+            f"{config.norm} with embedding_projection {config.embedding_projection}: the residual stream cannot be turned; accepted are "
+            "RMSNorm before attention and MLP, and no projection. tools/convert_checkpoint.py export makes that of what can be folded"
+        )

@@ -20,9 +20,11 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.max_logits import MaxLogits
+from megatron_ext.model.norm_kinds import set_backend as set_norm_backend
 from megatron_ext.model.parallel_limits import check_divides
 from megatron_ext.model.placements import placements
 from megatron_ext.model.precision import linear_recipes
+from megatron_ext.optim.extension import Constraint
 from megatron_ext.optim.options import OptimizerOptions, RuleName
 from megatron_ext.optim.qk_clip import QKClip
 from megatron_ext.optim.routing import route
@@ -38,6 +40,7 @@ from megatron_ext.train.engine import Engine, owner_engine, zero_engine
 from megatron_ext.train.layer_times import measure_layers
 from megatron_ext.train.logit_clip import LogitClip
 from megatron_ext.train.precision import apply_recipe
+from megatron_ext.train.running_norms import RunningNormUpdate
 from megatron_ext.train.sources import build_mixture
 from megatron_ext.train.zero import partitioned, set_weights
 
@@ -165,6 +168,7 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
         "weights": config.model.init_from or f"random, seed {config.seed}",
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
         "attention": f"{attention} ({why_attention})",
+        "norms": set_norm_backend(model, config.model.norm_backend, device, dtype),
         **_ring_attention(setup, grid, dtype),
         **apply_recipe(model, config, grid),
         **({"blocks per stage": f"{layers} ({why_layers})"} if grid.shape.pp > 1 else {}),
@@ -240,8 +244,14 @@ def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid, shares_pa
         grid,
         options.clip_norm,
         overlap,
-        constraint=_logit_clip(model, options, grid),
+        constraint=_constraint(model, options, grid),
     )
+
+
+def _constraint(model: GPT, options: OptimizerOptions, grid: Grid) -> Constraint | None:
+    """What changes parameters after the update."""
+    clip = _logit_clip(model, options, grid)
+    return RunningNormUpdate(model, grid, clip) if model.config.norm.keeps_statistics else clip
 
 
 def _logit_clip(model: GPT, options: OptimizerOptions, grid: Grid) -> LogitClip | None:

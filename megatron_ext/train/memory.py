@@ -105,16 +105,19 @@ def _activations(config: RunConfig, model: ModelConfig, shape: GridShape, part: 
     attention = tokens * (2 * queries + 2 * keys) * size + tokens * heads * max(4, size)
     attention += 2 * tokens * (queries + keys) * size if model.qk_norm else 0
     products = tokens * (queries + 2 * keys + model.hidden_size + 2 * channels + model.hidden_size) * size + tokens * queries * size
+    twice = {"crms": max(4, size) + size, "power": 2 * size, "unified": 2 * size}
+    norm = outside * model.hidden_size * twice.get(model.norm.kind, size)
     by_block = {
         "full": stream,
         "selective": stream + products,
-        # Both norms keep their input and give theirs to the projections; the gate keeps both sides, its activation and the product.
-        "none": 2 * stream + 2 * entered + attention + 4 * tokens * channels * size,
+        # Norms keep their input and give theirs to the projections; the gate keeps both sides, its activation and the product.
+        "none": (4 if model.norm.placement == "peri" else 2) * norm + 2 * entered + attention + 4 * tokens * channels * size,
     }
     kept = len(part.layers) * by_block[config.train.activation_checkpointing]
     angles = 2 * tokens * model.head_dim * size
-    ends = tokens * 8 * part.is_first + (2 * stream + entered) * part.is_last
-    return kept + angles + ends
+    projection = stream * model.embedding_projection
+    first = tokens * 8 + projection + norm * model.norm.embedding_norm
+    return kept + angles + first * part.is_first + (norm + stream + projection + entered) * part.is_last
 
 
 def _logits(model: ModelConfig, shape: GridShape, tokens: int, dtype: torch.dtype) -> int:

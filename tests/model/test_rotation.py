@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.hadamard import hadamard_matrix
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
+from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.rotation import (
     EMBEDDING,
     FINAL_NORM,
@@ -186,3 +188,15 @@ def test_odd_sizes_are_refused() -> None:
     weights, config = fold_norms(weights_of(random_model(replace(SHAPE, intermediate_size=45))), replace(SHAPE, intermediate_size=45))
     with pytest.raises(ConfigError, match="a dimension of 45 can not be turned by Hadamard matrices; accepted are even numbers"):
         rotate_down_weights(weights, config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"norm": NormOptions("ss")}, {"norm": NormOptions(placement="peri")}, {"norm": NormOptions("layer")}, {"embedding_projection": True}],
+)
+def test_other_norms_are_refused(changes: dict[str, Any]) -> None:
+    config = replace(SHAPE, **changes)
+    weights = weights_of(random_model(config))
+    for change in (fold_norms, partial(rotate_residual, seed=0)):
+        with pytest.raises(ConfigError, match="the residual stream cannot be turned; accepted are RMSNorm before attention and MLP"):
+            change(weights, config)

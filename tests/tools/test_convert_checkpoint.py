@@ -11,6 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_ext.checkpoint.hf import load_hf_config, load_hf_weights, save_hf
+from megatron_ext.model.config import ModelConfig
+from megatron_ext.model.gpt import GPT
+from megatron_ext.model.norm_options import NormOptions
+
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 
@@ -81,3 +86,45 @@ def test_an_existing_target_is_not_overwritten(tool: ModuleType, source: Path, c
     assert tool.main(["import", str(source), str(source)]) == 1
     assert "exists" in capsys.readouterr().err
     assert (source / "config.json").read_bytes() == before
+
+
+def test_renorm_writes_the_same_function_with_other_norms(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(61, 24, 40, 2, 6, 2, 4, 64, init_std=0.2, norm=NormOptions("layer"))
+    model = GPT(config, "dense").double()
+    model.reset_parameters(0)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, dtype=torch.float64)
+    save_hf(model.named_parameters(), config, tmp_path / "layer", 2**30, dtype=torch.float64)
+    tokens = torch.arange(20)
+
+    def logits(directory: Path) -> torch.Tensor:
+        found = GPT(load_hf_config(directory), "dense").double()
+        load_hf_weights(found, directory)
+        return found.logits(tokens, tokens, torch.tensor([0, 20], dtype=torch.int32), 20)
+
+    for source, kind in (("layer", "rms"), ("layer", "crms"), ("rms", "crms")):
+        target = tmp_path / (kind if source == "layer" else "crms_of_rms")
+        assert tool.main(["renorm", str(tmp_path / source), str(target), "--kind", kind]) == 0
+        assert load_hf_config(target).norm.kind == kind
+        assert (logits(target) - logits(tmp_path / "layer")).abs().max() < 1e-10
+    assert tool.main(["renorm", str(tmp_path / "rms"), str(tmp_path / "again"), "--kind", "rms"]) == 1
+    assert "model.norm.kind 'rms' with placement 'pre'; accepted here: 'layer'" in capsys.readouterr().err
+    for wrong in (["renorm"], ["import", "--kind", "rms"]):
+        with pytest.raises(SystemExit):
+            tool.main([*wrong, str(tmp_path / "layer"), str(tmp_path / "none")])
+        assert "accepted with renorm: rms, crms" in capsys.readouterr().err
+
+
+def test_export_folds_what_it_can_and_refuses_the_rest(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for placement, status in (("pre", 0), ("peri", 1)):
+        config = ModelConfig(61, 24, 40, 2, 6, 2, 4, 64, norm=NormOptions("ss", placement), embedding_projection=True)
+        model = GPT(config, "dense")
+        model.reset_parameters(0)
+        source, target = tmp_path / placement, tmp_path / f"{placement}_out"
+        save_hf(model.named_parameters(), config, source, 2**30, dtype=torch.float32)
+        (source / "trainer_state.json").write_text("{}")
+        assert tool.main(["export", str(source), str(target)]) == status
+        assert target.exists() == (status == 0)
+        assert not list(tmp_path.glob(".*.tmp"))
+    assert "model.norm.placement 'peri': this cannot be folded" in capsys.readouterr().err
+    assert json.loads((tmp_path / "pre_out" / "config.json").read_text())["model_type"] == "llama"

@@ -10,6 +10,7 @@ import torch
 from megatron_ext.config import RunConfig, load_config
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
+from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.placements import placements
 from megatron_ext.optim.main_gradients import MainGradients
 from megatron_ext.optim.options import OptimizerOptions, RuleName
@@ -61,7 +62,16 @@ def held_for_backward(model: GPT) -> int:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("model", [MODEL, replace(MODEL, qk_norm=True), replace(MODEL, num_kv_heads=8, intermediate_size=64)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(MODEL, replace(MODEL, qk_norm=True), replace(MODEL, num_kv_heads=8, intermediate_size=64)),
+        replace(MODEL, norm=NormOptions("ss", "peri", embedding_norm=True), embedding_projection=True),
+        replace(MODEL, norm=NormOptions("layer", "post")),
+        replace(MODEL, norm=NormOptions("crms", "mix", depth_scaling=True)),
+        replace(MODEL, norm=NormOptions("power", "peri")),
+    ],
+)
 def test_activations_are_those_that_autograd_keeps(path: str, recompute: str, model: ModelConfig) -> None:
     config = config_of(path, f"train.activation_checkpointing={recompute}")
     measured = held_for_backward(GPT(model, "sdpa", recompute))
