@@ -122,8 +122,10 @@ def _mxfp4(x: Tensor, rows: Operand | None, columns: Operand | None, part: Part)
 def stripped(quantized: Quantized) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Quantized]]:
     """The tensors of a quantized matrix, for autograd to keep, and what makes the matrix of them again without holding them.
 
-    The signs are not of the matrix but of the run.
+    The signs are not of the matrix but of the run, and no product looks at the amax of FP8.
     """
+    if isinstance(quantized, FP8Tensor):
+        quantized = dataclasses.replace(quantized, amax=quantized.amax.new_empty(0))
     values = {field.name: getattr(quantized, field.name) for field in dataclasses.fields(quantized) if field.name != "signs"}
     found = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     rest = dataclasses.replace(quantized, **dict.fromkeys(found))

@@ -18,6 +18,7 @@ from megatron_ext.parallel.group import Group, Traffic
 from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.parallel.pipeline import Stage, balanced, stages
 from megatron_ext.parallel.tensor import TensorParallel
+from megatron_ext.train.code_memory import stashed, weight_codes
 
 MOMENTS = {"adamw": 2, "adamp": 2, "muon": 1, "normuon": 1}
 """Moments of the rules, each as large as the master weights."""
@@ -28,6 +29,7 @@ class RankMemory:
     """Bytes of tensors of one rank at the end of the last forward pass and after."""
 
     parameters: int
+    """And, in low precision, the codes of the weights by rows and by columns."""
     gradients: int
     """Main gradients: float32 where parameters are bfloat16."""
     optimizer: int
@@ -65,7 +67,7 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
     owned = -(-elements // shape.dp)
     tokens = config.planning.tokens_per_pack or config.data.sequence_length
     return RankMemory(
-        parameters=size * (owned if zero == 3 else elements),
+        parameters=size * (owned if zero == 3 else elements) + weight_codes(config.precision, model, held),
         gradients=wide * (owned if zero >= 2 else elements),
         optimizer=wide * _optimizer_values(config, model, held, shape, aliased=zero == 0 and dtype.itemsize >= 4) // shape.dp,
         activations=_activations(config, model, shape, part, tokens, dtype) * min(shape.pp - stage, shape.pp),
@@ -114,6 +116,9 @@ def _activations(config: RunConfig, model: ModelConfig, shape: GridShape, part: 
         "none": (4 if model.norm.placement == "peri" else 2) * norm + 2 * entered + attention + 4 * tokens * channels * size,
     }
     kept = len(part.layers) * by_block[config.train.activation_checkpointing]
+    if config.train.activation_checkpointing == "none":
+        codes = {"hidden": tokens * model.hidden_size, "queries": tokens * queries, "channels": tokens * channels}
+        kept += sum(stashed(config.precision, model, layer, codes, size) for layer in part.layers)
     angles = 2 * tokens * model.head_dim * size
     projection = stream * model.embedding_projection
     first = tokens * 8 + projection + norm * model.norm.embedding_norm

@@ -12,13 +12,17 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.placements import placements
+from megatron_ext.model.precision import set_recipe
 from megatron_ext.optim.main_gradients import MainGradients
 from megatron_ext.optim.options import OptimizerOptions, RuleName
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.parallel.pipeline import stages
-from megatron_ext.parallel.tensor import TensorParallel
+from megatron_ext.parallel.tensor import DividedLinear, TensorParallel
 from megatron_ext.parallel.world import World
+from megatron_ext.precision.operands import stripped
+from megatron_ext.precision.recipe import Recipe
+from megatron_ext.precision.state import PrecisionState
 from megatron_ext.train.build import build_optimizer
 from megatron_ext.train.memory import grids, largest_rank, rank_memory
 from tests.distributed import RunRanks
@@ -76,6 +80,21 @@ def test_activations_are_those_that_autograd_keeps(path: str, recompute: str, mo
     config = config_of(path, f"train.activation_checkpointing={recompute}")
     measured = held_for_backward(GPT(model, "sdpa", recompute))
     assert rank_memory(config, model, GridShape(1, 1, 1), 0, torch.float32).activations == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp4", "mxfp8", "fp8_blockwise", "fp8_tensorwise"])
+@pytest.mark.parametrize("keys", [[], ["precision.stash=false"], ["precision.high_precision_names=['*.k_proj.weight', '*.o_proj.weight']"]])
+def test_codes_are_counted(path: str, recipe: str, keys: list[str]) -> None:
+    config = config_of(path, f"precision.recipe={recipe}", *keys)
+    model = GPT(MODEL, "sdpa")
+    set_recipe(model, Recipe(config.precision), PrecisionState(seed=0))
+    linears = [module for module in model.modules() if isinstance(module, DividedLinear) and module.precision is not None]
+    pairs = [linear.precision.weight(linear.weight) for linear in linears]
+    codes = sum(tensor.nbytes for pair in pairs for each in pair for tensor in stripped(each)[0])
+    memory, plain = (rank_memory(each, MODEL, GridShape(1, 1, 1), 0, torch.float32) for each in (config, config_of(path)))
+    assert memory.activations == pytest.approx(held_for_backward(model), rel=0.1)
+    assert (memory.activations < 0.95 * plain.activations) == config.precision.stash
+    assert memory.parameters - plain.parameters == pytest.approx(codes, rel=0.02)
 
 
 def states_on(world: World, shape: GridShape, dtype: torch.dtype, rule: RuleName) -> tuple[int, int, int]:
