@@ -185,9 +185,7 @@ def test_the_rule_of_a_run_is_its_own_where_options_say_so(install: Install, mon
     install("apex", "0.1", files())
     options = OptimizerOptions(adamw="apex", lr=0.01)
     make = build_rules(options, {}, single().group, head_dim=8)["adamw"].make
-    with pytest.raises(
-        ConfigError, match="optimizer.adamw: 'apex'; accepted here: torch, because AdamW by apex needs a CUDA device"
-    ):
+    with pytest.raises(ConfigError, match="optimizer.adamw: 'apex'; accepted here: torch, because AdamW by apex needs a CUDA device"):
         make([("weight", torch.zeros(3, 3))])
     monkeypatch.setattr(apex, "gpu_obstacle", lambda *_: None)
     optimizer = make([("weight", torch.zeros(3, 3)), ("norm", torch.zeros(3))])
