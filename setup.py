@@ -73,6 +73,7 @@ setup(
             "megatron-core>=0.13,<0.17",
             "adamp>=0.3,<0.4",
             "ml_dtypes>=0.5,<1",
+            "scipy>=1.11,<2",
             "triton>=3.3,<4; platform_system == 'Linux'",
             "ruff>=0.9,<1",
         ],

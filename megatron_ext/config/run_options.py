@@ -65,8 +65,19 @@ class LoggingOptions:
 
     every: int = 10
     """Steps between console lines. metrics.jsonl has a line for every step."""
+    probes_every: int | None = None
+    """Look inside the model in the first step and every this many: outliers of activations, attention sinks and logits, the residual
+    stream and its gradient by depth. Such a step takes up to half as long again. null: never."""
     tensorboard: bool = True
     """Write TensorBoard events through DeepSpeed's monitor."""
 
     def __post_init__(self) -> None:
-        require((self.every >= 1, "every", self.every, "a number of steps, at least 1"))
+        require(
+            (self.every >= 1, "every", self.every, "a number of steps, at least 1"),
+            (
+                self.probes_every is None or self.probes_every >= 1,
+                "probes_every",
+                self.probes_every,
+                "a number of steps, at least 1, or null",
+            ),
+        )

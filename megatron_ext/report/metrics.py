@@ -12,7 +12,16 @@ import numpy as np
 import yaml
 
 from megatron_ext.errors import DataError
-from megatron_ext.report.records import EvalRecord, EventRecord, PlanRecord, Record, StartRecord, TrainRecord, parse_record
+from megatron_ext.report.records import (
+    EvalRecord,
+    EventRecord,
+    PlanRecord,
+    ProbeRecord,
+    Record,
+    StartRecord,
+    TrainRecord,
+    parse_record,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +35,7 @@ class Run:
     evals: list[EvalRecord]
     events: list[EventRecord]
     plans: list[PlanRecord]
+    probes: list[ProbeRecord]
     seconds: float
     """Time between each start and the last record that followed it, summed over starts."""
     torn: bool
@@ -104,6 +114,7 @@ def read_run(directory: str | Path) -> Run:
     evals: dict[tuple[int, str, str], EvalRecord] = {}
     events: list[EventRecord] = []
     plans: dict[int, PlanRecord] = {}
+    probes: dict[int, ProbeRecord] = {}
     for record in records:
         match record:
             case StartRecord():
@@ -111,6 +122,7 @@ def read_run(directory: str | Path) -> Run:
                 evals = {key: old for key, old in evals.items() if old.step <= record.step}
                 events = [old for old in events if old.step <= record.step]
                 plans = {step: old for step, old in plans.items() if step <= record.step}
+                probes = {step: old for step, old in probes.items() if step <= record.step}
             case TrainRecord():
                 train[record.step] = record
             case EvalRecord():
@@ -119,6 +131,8 @@ def read_run(directory: str | Path) -> Run:
                 events.append(record)
             case PlanRecord():
                 plans[record.step] = record
+            case ProbeRecord():
+                probes[record.step] = record
     return Run(
         directory=directory,
         config=_read_config(directory / "config.yaml"),
@@ -127,6 +141,7 @@ def read_run(directory: str | Path) -> Run:
         evals=sorted(evals.values(), key=lambda record: record.step),
         events=events,
         plans=sorted(plans.values(), key=lambda record: record.step),
+        probes=sorted(probes.values(), key=lambda record: record.step),
         seconds=_active_seconds(records),
         torn=torn,
     )

@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 
 from megatron_ext.atomic_io import atomic_open
-from megatron_ext.report import formats, plan_figures
+from megatron_ext.report import formats, plan_figures, probe_figures
 from megatron_ext.report.canvas import SERIES
 from megatron_ext.report.figures import all_figures, forgetting_curve
 from megatron_ext.report.gantt import plan_timeline
@@ -45,6 +45,7 @@ def render(phases: Sequence[Phase]) -> str:
         element("h2", "How training went"),
         element("p", "Where a curve is drawn twice: faint is each step, strong a moving average.", class_="muted"),
         element("div", *(figure_element(figure) for figure in all_figures(phases)), class_="grid"),
+        *_inside(phases),
         *_sharing(phases),
         element("h2", "What ran"),
         _phases_table(phases),
@@ -104,6 +105,22 @@ def _result_row(row: SourceResult, color: int, begins_phase: bool) -> Html:
     label = row.phase.label if begins_phase else ""
     cells = [element("td", label), element("td", swatch(f"series-{color % SERIES}"), row.name), *map(number_cell, numbers)]
     return element("tr", *cells, class_=" ".join(classes))
+
+
+def _inside(phases: Sequence[Phase]) -> list[Html]:
+    """The section about what probes saw, empty where no step was looked into."""
+    if not probe_figures.has_probes(phases):
+        return []
+    words = (
+        "In a map, a row is a layer, the first one at the bottom, and a column is a step that was looked into, drawn from the one before; "
+        "in maps of the residual stream row 0 is the embedding. The stronger the colour, the larger the value."
+    )
+    return [
+        element("h2", "Inside the model"),
+        element("p", words, class_="muted"),
+        figure_element(probe_figures.kurtosis_by_site(phases)),
+        element("div", *(figure_element(figure) for figure in probe_figures.maps(phases)), class_="grid"),
+    ]
 
 
 def _sharing(phases: Sequence[Phase]) -> list[Html]:

@@ -148,10 +148,49 @@ class PlanRecord:
         return 1 - busy / (self.devices * self.seconds) if self.seconds > 0 else math.nan
 
 
-Record = StartRecord | TrainRecord | EvalRecord | EventRecord | PlanRecord
+@dataclass(frozen=True, kw_only=True)
+class ProbeRecord:
+    """What happened inside the model in a step, before its update. By depth: in every block, or behind 0, 1, ... blocks.
+
+    NaN where no block of that depth has the site.
+    """
+
+    time: float
+    step: int
+    tokens: int
+    widths: dict[str, int]
+    """Channels of each site."""
+    sites: dict[str, dict[str, list[float]]]
+    """Of each site and measure, means over tokens by depth: ``kurtosis_released``, ``kurtosis_centred``, ``max_to_mean``, ``variance``;
+    and ``top_channel_share``, the part of all squares in the largest channel."""
+    floors: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each site, what its kurtosis would be if its channels were independent and normal."""
+    gradient_norm: list[float] = field(default_factory=list)
+    """Of the loss, at the residual stream, behind 0, 1, ... blocks."""
+    sink_mass: list[float] = field(default_factory=list)
+    """Mean probability that a query gives to the first token of its document, without the first query, by block."""
+    sink_mass_uniform: float = math.nan
+    """The same for attention that does not distinguish tokens."""
+    max_logit: list[float] = field(default_factory=list)
+    """Largest attention logit, by block."""
+
+    def __post_init__(self) -> None:
+        for site, measures in self.sites.items():
+            if site not in self.widths or len({len(values) for values in measures.values()}) > 1:
+                raise ValueError(f"sites.{site} has no width, or lists of several lengths")
+
+
+Record = StartRecord | TrainRecord | EvalRecord | EventRecord | PlanRecord | ProbeRecord
 
 _RECORDS: Mapping[str, type] = MappingProxyType(
-    {"start": StartRecord, "train": TrainRecord, "eval": EvalRecord, "event": EventRecord, "plan": PlanRecord},
+    {
+        "start": StartRecord,
+        "train": TrainRecord,
+        "eval": EvalRecord,
+        "event": EventRecord,
+        "plan": PlanRecord,
+        "probe": ProbeRecord,
+    },
 )
 
 
@@ -189,8 +228,10 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
     if expected is np.ndarray:
         return _packs(name, value)
     arguments = getattr(expected, "__args__", ())
-    if arguments and isinstance(value, dict):
+    if len(arguments) == 2 and isinstance(value, dict):
         return {key: _checked(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
+    if len(arguments) == 1 and isinstance(value, list):
+        return [_checked(f"{name}[{number}]", item, arguments[0]) for number, item in enumerate(value)]
     raise ValueError(f"{name} is {value!r}, expected {expected if arguments else expected.__name__}")
 
 

@@ -3,6 +3,7 @@
 import base64
 import platform
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_ext.train.metrics import MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
 from megatron_ext.train.packs import PlannedPacks
 from megatron_ext.train.precision import switch_target
+from megatron_ext.train.probes import Reading, build_probes
 from megatron_ext.train.step_plans import StepPlan, StepPlanner
 from megatron_ext.train.stopping import StopRequest
 
@@ -58,6 +60,7 @@ class Trainer:
         self.precision = self.model.precision
         self.engine = build_engine(setup, self.model, grid)
         self.optimizer = self.engine.optimizer
+        self.probes = build_probes(self.config, self.model, grid)
         self.monitors = Monitors(monitor_config(self.config))
         self.cost, why_cost = cost_model(setup, grid.shape, self.world.device, next(self.model.parameters()).dtype)
         if self.config.planning.policy != "data_parallel":
@@ -132,7 +135,8 @@ class Trainer:
         packs = PlannedPacks(mine, pieces, self.setup.mixture.corpora, self.setup.model.vocab_size, self.grid.dp.rank)
         if self.precision.begin_step(self.step, self.tokens):
             self._say_switched()
-        result = self.engine.step(packs, sum(piece.loss_tokens for piece in pieces), asked)
+        with self._watched() as reading:
+            result = self.engine.step(packs, sum(piece.loss_tokens for piece in pieces), asked)
         self.precision.end_step()
         if self._due(self.config.train.check_replicas_every):
             self.optimizer.check_replicas()
@@ -142,7 +146,15 @@ class Trainer:
             self.correction.add(step_plan.plan, self.grid.dp.rank, self.planner.cost, self.engine.pack_seconds)
         self._check_rules(result)
         self._record(pieces, step_plan, result, factor, time.perf_counter() - begin)
+        if reading is not None:
+            self.metrics.write("probe", step=self.step, tokens=self.tokens, **reading.record)
+            self.monitors.write([(name, value, self.step) for name, value in reading.events()])
         return bool(result.flags[0] > 0)
+
+    def _watched(self) -> AbstractContextManager[Reading | None]:
+        """Around the step, which is looked into if it is its turn."""
+        due = self.probes is not None and (self.step == 1 or self._due(self.config.logging.probes_every))
+        return self.probes.watch() if due else nullcontext()
 
     def _record(self, pieces: list[Piece], step_plan: StepPlan, result: StepResult, factor: float, seconds: float) -> None:
         lengths = [len(piece) for piece in pieces]

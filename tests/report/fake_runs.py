@@ -137,3 +137,21 @@ def three_runs(directory: Path) -> dict[str, Path]:
         "continual": realistic_run(directory / "continual", "continual", 90, learned, mixture, long, seed=2, begin=1.7e9 + 400),
         "no_replay": realistic_run(directory / "no_replay", "continual", 90, forgot, {"code": 1.0}, long, seed=3, begin=1.7e9 + 900),
     }
+
+
+def probe(step: int, layers: int = 4, width: int = 512, outlier: float = 0.0, **changes: Any) -> dict[str, Any]:
+    """A step that was looked into: kurtosis rises with depth, and in the residual stream by ``outlier``."""
+    random, sites = np.random.default_rng(step), {}
+    widths = {"residual": width, "input_layernorm": width, "post_attention_layernorm": width, "q": width, "k": width // 4, "v": width // 4}
+    widths |= {"attention_output": width, "down_proj_input": 3 * width}
+    for number, site in enumerate(widths):
+        depth = np.arange(layers + (site == "residual"))
+        kurtosis = (0.05 + (outlier if site == "residual" else 0.02 * number)) * (1 + depth) * random.uniform(0.9, 1.1, len(depth))
+        sites[site] = {"kurtosis_released": kurtosis.tolist(), "kurtosis_centred": (kurtosis - 0.1).tolist()}
+        sites[site] |= {"max_to_mean": (3 + kurtosis).tolist(), "variance": (0.01 * 2.0**depth).tolist()}
+        sites[site] |= {"top_channel_share": np.minimum(0.9, 0.01 + 0.05 * kurtosis).tolist()}
+    floors = {site: {"kurtosis_released": 0.4 * (24 / each) ** 0.5, "kurtosis_centred": -6 / (each + 1)} for site, each in widths.items()}
+    record = {"kind": "probe", "time": 1.7e9 + 2 * step, "step": step, "tokens": step * TOKENS_PER_STEP, "widths": widths}
+    record |= {"sites": sites, "floors": floors, "gradient_norm": (0.3 * 0.8 ** np.arange(layers + 1)).tolist()}
+    record |= {"sink_mass": np.linspace(0.1, 0.4, layers).tolist(), "sink_mass_uniform": 0.05, "max_logit": list(range(2, 2 + layers))}
+    return record | changes
