@@ -35,7 +35,8 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
     Raises RankError with the failing rank's own traceback; the others, which may wait for it in a collective, are killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ext.train.run"])
+    # The second is what drawing weights on the meta device imports, for seconds.
+    context.set_forkserver_preload(["megatron_ext.train.run", "torch._dynamo"])
     # Connections travel to the new process as whatever file they hold.
     outputs = [Connection(os.dup(descriptor), readable=False) for descriptor in (1, 2)]
     processes: list[ForkServerProcess] = []
