@@ -4,7 +4,8 @@
     python tools/quantize.py --model runs/pretrain/checkpoints/step_00001000 --data runs/pretrain/data/valid_text_document \
         --schemes W8A8 W4A4 nvfp4 --rotations none hadamard quarot --layers error
 
-Weights and inputs of the linears inside blocks are rounded to nearest. All rotations compute the same, which their unquantized losses show.
+Weights and inputs of the linears inside blocks, and keys and values where the scheme says so (W4A4KV4), are rounded to nearest. All
+rotations compute the same, which their unquantized losses show.
 """
 
 import argparse

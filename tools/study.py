@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from study_quantization import quantize_runs
 from study_runner import Runner, RunStopped, pretrain_command
 
 from megatron_ext.config import load_config
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_unchanged(run)
         with sole_user(options.output) as lock:
             variants = run_study(study, planned, Runner(study, options.parallel, lock, console))
+            if study.quantization is not None:
+                quantize_runs(study.quantization, planned, variants, console)
             page = options.output / "index.html"
             write_study(study.title, variants, page)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.config.tree import ConfigTree
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.option_rules import Problem, one_of, require, shown
+from megatron_ext.precision.post_training import named_scheme
 
 _DECIDED_BY_THE_STUDY = ("run_dir", "seed")
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -59,6 +60,25 @@ class StudyVariant(BaseModel):
         return self
 
 
+class StudyQuantization(BaseModel):
+    """Quantization of every final model, without any training."""
+
+    model_config = _STRICT
+
+    schemes: list[str] = Field(min_length=1)
+    """As ``tools/quantize.py --schemes`` takes them."""
+    data: str | None = None
+    """Prefix of the .bin/.idx pair to evaluate on; null: the first of ``data.validation``."""
+    tokens: int = Field(default=65536, ge=1)
+    """Of it, to evaluate on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.schemes:
+            named_scheme(name)
+        return self
+
+
 class Study(BaseModel):
     """A comparison of variants by their final validation loss: the best value of each sweep at the first seed, then at all seeds."""
 
@@ -72,6 +92,8 @@ class Study(BaseModel):
     """``dotted.path=value`` for all runs."""
     prepare: str | None = None
     """Command that makes the data, to be named where they are missing."""
+    quantization: StudyQuantization | None = None
+    """Also compare the losses of the last checkpoints after quantization; null: they are not quantized."""
     seeds: list[Seed] = Field(min_length=1)
     """Decide initial weights and order of the data. The first is that of the sweeps."""
     variants: dict[VariantName, StudyVariant] = Field(min_length=1)
@@ -146,8 +168,10 @@ def _resolve(path: str | Path, study: Study, name: str, value: float | None, see
     try:
         config = load_config(study.config, overrides)
         validated = config.data.validation or config.data.validation_fraction
+        evaluated = study.quantization is None or bool(study.quantization.data or config.data.validation)
         require(
-            (bool(validated), "data.validation", [], "corpora, or data.validation_fraction: the best value has the lowest loss on them")
+            (bool(validated), "data.validation", [], "corpora, or data.validation_fraction: the best value has the lowest loss on them"),
+            (evaluated, "data.validation", [], "a corpus to evaluate quantized models on, or quantization.data"),
         )
     except ConfigError as error:
         swept_here = f", {swept[0]}" if swept else ""

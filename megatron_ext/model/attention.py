@@ -1,5 +1,6 @@
 """Causal self-attention inside each document of a pack, with grouped queries and rotary positions."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class Attention(nn.Module):
         self.tp = tp
         self.layer = layer
         self.max_logits = max_logits
+        self.cache_quantizer: Callable[[Tensor], Tensor] | None = None
+        """Rounds keys, after rotation, and values [T, heads, head_dim], as a cache of few bits would; None: they stay as they are."""
         queries = tp.heads(config.num_heads, config.head_dim)
         keys = tp.heads(config.num_kv_heads, config.head_dim)
         self.q_proj = ColumnLinear(config.hidden_size, queries, bias=config.qkv_bias)
@@ -53,6 +56,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, pack.cos, pack.sin), apply_rope(k, pack.cos, pack.sin)
+        if self.cache_quantizer is not None:
+            k, v = self.cache_quantizer(k), self.cache_quantizer(v)
         out = shared_attention(q, k, v, pack.sharing, self._attend(pack), self.tp.wire)
         return self.tp.leave(self.o_proj(out.flatten(1)))
 

@@ -67,6 +67,11 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 0.1 or value == 0 else f"{1e3 * value:.3g} ms"
 
 
+def site(name: str) -> str:
+    """A place inside a block that probes look at, as words."""
+    return name.replace("_proj_input", "_proj input").replace("attention_output", "attention output")
+
+
 def moment(time: float) -> str:
     """A Unix time as date and minute in the local time zone."""
     return datetime.fromtimestamp(time).astimezone().strftime("%Y-%m-%d %H:%M %Z")

@@ -91,7 +91,7 @@ def _draw_curves(axes: Axes, phases: Sequence[Phase]) -> None:
             marker = "o" if len(probes) < 40 else None
             axes.plot(*canvas.thin(tokens, means), color=series_color(number), linewidth=2, marker=marker, markersize=3, clip_on=False)
             if len(probes):
-                last[site] = Label(means[-1], f"{_spoken(site)} {formats.count(means[-1])}", series_color(number))
+                last[site] = Label(means[-1], f"{formats.site(site)} {formats.count(means[-1])}", series_color(number))
                 floors[probes[-1].widths[site]] = probes[-1].floors.get(site, {}).get("kurtosis_released", math.nan)
     finish_token_axis(axes, phases)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.count(value)))
@@ -120,7 +120,7 @@ def _kurtosis_maps(phases: Sequence[Phase], probes: Sequence[ProbeRecord]) -> li
         low = floor if floor > 0 else _lowest(_all_values(probes, each))
         caption = f"Logarithmic, from the {floor:.2g} of normal noise to the largest of all sites." if floor > 0 else "Logarithmic."
         scale = Scale(low, max(low, high), True)
-        found.append(Map(f"kurtosis-{site}", f"Kurtosis: {_spoken(site)}", caption, each, scale, int(site != "residual")))
+        found.append(Map(f"kurtosis-{site}", f"Kurtosis: {formats.site(site)}", caption, each, scale, int(site != "residual")))
     return found
 
 
@@ -132,10 +132,10 @@ def _channel_maps(probes: Sequence[ProbeRecord]) -> list[Map]:
         share, ratio = _measure(site, "top_channel_share"), _measure(site, "max_to_mean")
         words = "Part of all squares that is in the largest channel."
         scale = Scale(0.0, _extreme(_all_values(probes, share), np.max), False)
-        found.append(Map(f"share-{site}", f"Top channel: {_spoken(site)}", words, share, scale, first))
+        found.append(Map(f"share-{site}", f"Top channel: {formats.site(site)}", words, share, scale, first))
         values = _all_values(probes, ratio)
         words = "Largest magnitude of a token over its mean magnitude, mean over tokens; logarithmic."
-        found.append(Map(f"ratio-{site}", f"Largest to mean: {_spoken(site)}", words, ratio, _log_scale(values), first))
+        found.append(Map(f"ratio-{site}", f"Largest to mean: {formats.site(site)}", words, ratio, _log_scale(values), first))
     return found
 
 
@@ -245,10 +245,6 @@ def _draw_scale(axes: Axes, scale: Scale, above: int) -> None:
 
 def _sites(phases: Sequence[Phase]) -> list[str]:
     return list(dict.fromkeys(site for phase in chain_of(phases) for probe in phase.run.probes for site in probe.sites))
-
-
-def _spoken(site: str) -> str:
-    return site.replace("_proj_input", "_proj input").replace("attention_output", "attention output")
 
 
 def _measure(site: str, name: str) -> Values:

@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_ext.report import formats
-from megatron_ext.report.study import Variant, headline, results, validation_loss, warnings
-from megatron_ext.report.study_table import cells, column_names
+from megatron_ext.report import formats, study_table
+from megatron_ext.report.study import Variant, headline, validation_loss, warnings
+from megatron_ext.report.study_inside import has_probes, inside_table
+from megatron_ext.report.study_quantization import quantization_table
 
 
 def print_study(variants: Sequence[Variant], console: Console) -> None:
@@ -21,17 +22,24 @@ def print_study(variants: Sequence[Variant], console: Console) -> None:
         losses = ", ".join(f"{formats.learning_rate(value)} {formats.loss(validation_loss(run))}" for value, run in variant.sweep.items())
         if losses:
             console.print(Text(f"swept: {variant.name}, {variant.key}: {losses}"))
-    console.print(_table(variants))
+    console.print(_table(variants, study_table.results_table(variants), "loss in nats per token", settings=True))
+    rounded = quantization_table(variants)
+    if rounded is not None:
+        console.print(_table(variants, rounded, "loss in nats per token after quantization"))
+    if has_probes(variants):
+        console.print(_table(variants, inside_table(variants), "excess kurtosis (that of normal noise), largest over smallest over depth"))
 
 
-def _table(variants: Sequence[Variant]) -> Table:
+def _table(variants: Sequence[Variant], numbers: study_table.Table, what: str, settings: bool = False) -> Table:
     seeds = ", ".join(map(str, variants[0].seeds))
-    caption = f"mean over seeds {seeds}, below it the lowest and the highest; loss in nats per token"
+    caption = f"mean over seeds {seeds}, below it the lowest and the highest; {what}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("variant", no_wrap=True)
-    for name in column_names(variants):
+    for name in numbers.columns:
         table.add_column(Text(name), justify="right")
-    table.add_column("setting")
-    for row in results(variants):
-        table.add_row(Text(row.variant.name), *("\n".join(cell) for cell in cells(row)), Text(row.variant.setting.replace(" ", "\n")))
+    if settings:
+        table.add_column("setting")
+    for variant, row in zip(variants, numbers.rows, strict=True):
+        setting = [Text(variant.setting.replace(" ", "\n"))] if settings else []
+        table.add_row(Text(variant.name), *("\n".join(cell) for cell in row), *setting)
     return table

@@ -12,12 +12,14 @@ from megatron_ext.report.study import (
     diverged,
     headline,
     named_runs,
-    results,
     training_loss,
     validation_loss,
     warnings,
 )
-from megatron_ext.report.study_table import cells, column_names
+from megatron_ext.report.study_inside import SPIKE, SPIKE_WINDOW, has_probes, inside_table
+from megatron_ext.report.study_inside_figures import depth_figures, kurtosis_figure
+from megatron_ext.report.study_quantization import quantization_table
+from megatron_ext.report.study_table import Table, results_table
 
 
 def write_study(title: str, variants: Sequence[Variant], output: str | Path) -> None:
@@ -43,11 +45,13 @@ def render_study(title: str, variants: Sequence[Variant]) -> str:
         *(element("p", text, class_="warning") for text in warnings(variants)),
         element("h2", "Each variant at its best"),
         element("p", f"{_what_is_shown(variants)}{chosen if sweeps else ''}", class_="muted"),
-        _results_table(variants),
+        _table(variants, results_table(variants), settings=True),
+        *_quantization(variants),
         element("h2", "How the loss moved"),
         figure_element(study_figures.validation_figure(variants)),
         *([figure_element(difference)] if difference else []),
-        element("h2", "What was swept, and what it cost"),
+        *_inside(variants),
+        element("h2", "What was swept, and what it cost" if sweeps else "What it cost"),
         element(
             "div",
             *sweeps,
@@ -84,13 +88,39 @@ def _when_and_where(variants: Sequence[Variant]) -> str:
     return " \u00b7 ".join(part for part in parts if part)
 
 
-def _results_table(variants: Sequence[Variant]) -> Html:
-    """Losses, difference and times of each variant, over seeds."""
-    header = [("variant", False), *((name, True) for name in column_names(variants)), ("setting", False)]
+def _quantization(variants: Sequence[Variant]) -> list[Html]:
+    rounded = quantization_table(variants)
+    if rounded is None:
+        return []
+    words = "Loss of the last checkpoint in nats per token, rounded to nearest without any training: weights, activations, keys and values."
+    return [element("h2", "After quantization"), element("p", words, class_="muted"), _table(variants, rounded)]
+
+
+def _inside(variants: Sequence[Variant]) -> list[Html]:
+    if not has_probes(variants):
+        return []
+    words = (
+        "Excess kurtosis over the channels of a token, in brackets that of normal noise of that width; largest over smallest variance "
+        "and gradient norm of the residual stream over depth; and steps whose gradient norm was more than "
+        f"{SPIKE:g} times the median of the {SPIKE_WINDOW} before."
+    )
+    return [
+        element("h2", "Inside the models"),
+        element("p", words, class_="muted"),
+        _table(variants, inside_table(variants)),
+        figure_element(kurtosis_figure(variants)),
+        element("div", *map(figure_element, depth_figures(variants)), class_="grid"),
+    ]
+
+
+def _table(variants: Sequence[Variant], numbers: Table, settings: bool = False) -> Html:
+    """Numbers of each variant over seeds."""
+    header = [("variant", False), *((name, True) for name in numbers.columns), *([("setting", False)] if settings else [])]
     body = []
-    for index, row in enumerate(results(variants)):
-        name = element("td", swatch(study_figures.color_name(index)), row.variant.name)
-        body.append(element("tr", name, *(_spread_cell(*cell) for cell in cells(row)), element("td", row.variant.setting)))
+    for index, (variant, row) in enumerate(zip(variants, numbers.rows, strict=True)):
+        name = element("td", swatch(study_figures.color_name(index)), variant.name)
+        setting = [element("td", variant.setting)] if settings else []
+        body.append(element("tr", name, *(_spread_cell(*cell) for cell in row), *setting))
     return table(header, body)
 
 

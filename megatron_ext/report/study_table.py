@@ -1,28 +1,36 @@
-"""The final table of a study as text, for the page and for a terminal."""
+"""The tables of a study as text, for the page and for a terminal."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from megatron_ext.report import formats
-from megatron_ext.report.study import Result, Spread, Variant
+from megatron_ext.report.study import Result, Spread, Variant, results
 
 Cell = tuple[str, str]
 """A mean over seeds, and the lowest and highest beside it; either may be empty."""
 
 
-def column_names(variants: Sequence[Variant]) -> list[str]:
-    """Of the numbers in a row."""
-    return ["validation loss", f"to {variants[0].name}", "training loss", "time of a step", "whole time", "one run"]
+class Table(NamedTuple):
+    """Numbers of every variant, in the order of the study."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
 
 
-def cells(row: Result) -> list[Cell]:
-    """The numbers of a row, in the order of ``column_names``."""
+def results_table(variants: Sequence[Variant]) -> Table:
+    """Losses, difference and times."""
+    names = ["validation loss", f"to {variants[0].name}", "training loss", "time of a step", "whole time", "one run"]
+    return Table(names, [_cells(row) for row in results(variants)])
+
+
+def _cells(row: Result) -> list[Cell]:
     return [
-        _cell(row.validation, formats.loss),
-        ("", "") if row.difference is None else _cell(row.difference, percent),
-        _cell(row.training, formats.loss),
-        _cell(row.step_ratio, formats.number, " x"),
-        _cell(row.whole_ratio, formats.number, " x"),
-        _cell(row.seconds, formats.seconds),
+        cell(row.validation, formats.loss),
+        ("", "") if row.difference is None else cell(row.difference, percent),
+        cell(row.training, formats.loss),
+        cell(row.step_ratio, formats.number, " x"),
+        cell(row.whole_ratio, formats.number, " x"),
+        cell(row.seconds, formats.seconds),
     ]
 
 
@@ -31,6 +39,7 @@ def percent(value: float) -> str:
     return formats.percent(value, decimals=2)
 
 
-def _cell(spread: Spread, text: Callable[[float], str], unit: str = "") -> Cell:
+def cell(spread: Spread, text: Callable[[float], str], unit: str = "") -> Cell:
+    """A number over seeds, each part of it as ``text`` says it."""
     mean, low, high = map(text, spread)
     return f"{mean}{unit}", "" if low == high else f"{low} to {high}"

@@ -88,16 +88,19 @@ def block_linears(model: GPT) -> dict[str, nn.Linear]:
 
 @contextmanager
 def quantized(model: GPT, scheme: Scheme, only: Collection[str] | None = None) -> Iterator[None]:
-    """The linears of ``model`` are quantized inside the block, and as before behind it.
+    """The linears of ``model``, keys and values are quantized inside the block, and as before behind it.
 
     Args:
         model: whose parameters are changed in place.
         scheme: how.
-        only: names of linears; None: all inside blocks.
+        only: names of linears, and no keys and values; None: all inside blocks.
     """
     linears = [linear for name, linear in block_linears(model).items() if only is None or name in only]
+    attentions = [block.self_attn for block in model.model.layers.values()] if only is None else []
     hooks, weights = [], []
     try:
+        for attention in attentions:
+            attention.cache_quantizer = scheme.cache
         for linear in linears:
             if scheme.weight is not None:
                 weights.append((linear, linear.weight.data))
@@ -106,6 +109,8 @@ def quantized(model: GPT, scheme: Scheme, only: Collection[str] | None = None) -
                 hooks.append(linear.register_forward_pre_hook(_changed_input(scheme.activation)))
         yield
     finally:
+        for attention in attentions:
+            attention.cache_quantizer = None
         for hook in hooks:
             hook.remove()
         for linear, weight in weights:

@@ -28,6 +28,18 @@ def test_integers(x: torch.Tensor) -> None:
     assert named_scheme("W16A4").weight is None
 
 
+def test_cache(x: torch.Tensor) -> None:
+    heads = torch.cat([x, x, x], 1).view(4, 5, 216)
+    scheme = named_scheme("w4a8kv3")
+    assert scheme.name == "W4A8KV3"
+    expected = torch.cat([quantize_asymmetric(heads[..., :128], 3), quantize_asymmetric(heads[..., 128:], 3)], -1)
+    assert torch.equal(scheme.cache(heads), expected)
+    assert not torch.equal(expected, quantize_asymmetric(heads, 3)), "groups of 128 channels have scales of their own"
+    assert named_scheme("W4A4").cache is None and named_scheme("W4A4KV16").cache is None and named_scheme("nvfp4").cache is None
+    only = named_scheme("W16A16KV4")
+    assert only.weight is None and only.activation is None and only.cache is not None
+
+
 def test_floats(x: torch.Tensor) -> None:
     expected = {
         "nvfp4": nvfp4_dequantize(nvfp4_quantize(x, backend="torch"), torch.float32, backend="torch"),
@@ -44,7 +56,7 @@ def test_floats(x: torch.Tensor) -> None:
     assert errors[0] < errors[1] and max(errors[2:]) < min(errors[:2]) / 2, "8 bits are nearer than 4, small blocks nearer than large"
 
 
-@pytest.mark.parametrize("name", ["W16A16", "W1A8", "W9A9", "int8", "W4", "", "nvfp4 "])
+@pytest.mark.parametrize("name", ["W16A16", "W16A16KV16", "W4A4KV9", "W4A4KV", "W1A8", "W9A9", "int8", "W4", "", "nvfp4 "])
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="quantization scheme .* accepted: WxAy with 2 to 8 or 16"):
+    with pytest.raises(ConfigError, match="quantization scheme .* accepted: WxAy or WxAyKVz with 2 to 8 or 16"):
         named_scheme(name)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tests.data.byte_level import byte_level_backend
 
@@ -48,8 +48,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+class RoundedCache(DynamicCache):
+    """Keys and values of each token and head as asymmetric integers of 4 bits, by PyTorch."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return super().update(self._rounded(key_states), self._rounded(value_states), *rest, **options)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
+        scale = (high - low) / 15
+        return torch.fake_quantize_per_channel_affine(rows, scale, (-low / scale).round().int(), 0, 0, 15).view(x.shape)
+
+
 @torch.no_grad()
-def transformers_loss(directory: Path, bits: int | None) -> float:
+def transformers_loss(directory: Path, bits: int | None, cache: type[DynamicCache] = DynamicCache) -> float:
     """Mean loss of the texts, symmetric integers of ``bits`` by PyTorch in all linears of blocks."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     # Not AutoTokenizer, which replaces the pre-tokenizer beside the config.json of a Qwen2.
@@ -68,7 +81,7 @@ def transformers_loss(directory: Path, bits: int | None) -> float:
     total = tokens = 0.0
     for text in TEXTS:
         ids = torch.tensor([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
-        total += float(F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="sum"))
+        total += float(F.cross_entropy(model(ids[None], past_key_values=cache()).logits[0, :-1], ids[1:], reduction="sum"))
         tokens += len(ids) - 1
     return total / tokens
 
@@ -109,6 +122,18 @@ def test_losses_are_those_of_transformers(run: Callable[..., int], model: Path, 
         assert said in printed
 
 
+def test_keys_and_values_are_those_of_a_rounded_cache(run: Callable[..., int], model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    schemes = ("W16A16KV4", "W8A8KV4", "W8A8")
+    assert run("--model", model, "--data", model / "text.jsonl", "--output", output, "--schemes", *schemes) == 0
+    losses = losses_of(json.loads(output.read_text()))
+    rounded = {scheme: losses["none", scheme] for scheme in schemes}
+    assert rounded["W16A16KV4"] == pytest.approx(transformers_loss(model, None, RoundedCache), rel=1e-4)
+    assert rounded["W8A8KV4"] == pytest.approx(transformers_loss(model, 8, RoundedCache), rel=3e-3)
+    assert abs(rounded["W16A16KV4"] - losses["none", "unquantized"]) > 1e-2
+    assert abs(rounded["W8A8KV4"] - rounded["W8A8"]) > 1e-2
+
+
 def test_options_change_what_they_say(run: Callable[..., int], model: Path, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     words = ("--model", model, "--data", model / "text.jsonl", "--output", output, "--schemes", "W4A4")
@@ -131,7 +156,7 @@ def test_options_change_what_they_say(run: Callable[..., int], model: Path, tmp_
     [
         ({"--model": "nowhere"}, "nowhere/config.json does not exist; a Hugging Face model directory is needed"),
         ({"--data": "nowhere"}, "nowhere: accepted are the prefix of a .bin/.idx pair, and a file or folder of text; there is neither"),
-        ({"--schemes": "int4"}, "quantization scheme 'int4'; accepted: WxAy with 2 to 8 or 16 (not quantized) bits"),
+        ({"--schemes": "int4"}, "quantization scheme 'int4'; accepted: WxAy or WxAyKVz with 2 to 8 or 16 (not quantized) bits"),
         ({"--tokens": "0"}, "--tokens 0 --sequence-length 2048; accepted: at least 1, at least 2"),
         ({"--output": "nowhere/result.json"}, "there is no directory nowhere"),
         ({"--tokenizer": "/"}, "not a tokenizer folder"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_ext.config import load_config
 from megatron_ext.config.study import check_files, plan_runs, read_study
 from megatron_ext.errors import ConfigError, DataError
 from tests.report.test_page import Page
@@ -72,12 +73,13 @@ VARIANT = {"overrides": ["optimizer.lr=0.01"]}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sedes": [1]}, "study.yaml line 18: sedes: no such key (its value: [1]); accepted: title, config, overrides, prepare, seeds"),
+        ({"sedes": [1]}, "study.yaml line 18: sedes: no such key (its value: [1]); accepted: title, config, overrides, prepare, quantization, seeds"),
         ({"variants": {"a": {"swep": {}}}}, "variants.a.swep: no such key (its value: {}); accepted: overrides, sweep; nearest: sweep"),
         ({"variants": {}}, "variants: {}; accepted: "),
         ({"variants": {"a/b": VARIANT}}, "variants.a/b: 'a/b'; accepted: a name of at most 40 letters"),
         ({"title": 3}, "study.yaml line 1: title: 3; accepted: text"),
         ({"seeds": []}, "seeds: []; accepted: "),
+        ({"quantization": {"schemes": ["W1A4"]}}, "quantization"),
         ({"seeds": [1, 1]}, "seeds: [1, 1]; accepted: numbers that differ"),
         ({"seeds": [-1]}, "seeds.0: -1; accepted: greater than or equal to 0"),
         ({"overrides": ["optimizer.lr"]}, "overrides.0: 'optimizer.lr'; accepted: dotted.path=value"),
@@ -108,6 +110,7 @@ def test_a_wrong_definition_is_refused_with_file_and_key(tmp_path: Path, changes
             "study.yaml: variants.a, optimizer.lr=-1, seed 1:\ncommand line: optimizer.lr: -1",
         ),
         ({"overrides": ["data.validation_fraction=0"]}, "data.validation: []; accepted: corpora, or data.validation_fraction"),
+        ({"quantization": {"schemes": ["W4A4"]}}, "data.validation: []; accepted: a corpus to evaluate quantized models on"),
     ],
 )
 def test_every_run_is_resolved_before_the_first_starts(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -146,6 +149,21 @@ def test_missing_data_are_named_with_the_command_that_makes_them(tmp_path: Path)
         check_files(run, "make data")
 
 
+def test_the_studies_of_norms_are_valid() -> None:
+    for name, places in (("outliers", {"pre"}), ("depth", {"pre", "post", "peri", "mix"})):
+        path = ROOT / "examples" / "studies" / f"{name}.yaml"
+        study = read_study(path)
+        runs = plan_runs(path, study, Path("out"))
+        assert len(study.seeds) == 3 and {run.config.model.norm.placement for run in runs} == places
+        assert len({(run.config.train.steps, run.config.data.tokens_per_step) for run in runs}) == 1
+        assert all(run.config.train.steps % run.config.logging.probes_every == 0 for run in runs), "the last step is looked into"
+        if name == "outliers":
+            assert study.quantization is not None and "W4A4KV4" in study.quantization.schemes
+            osp, recipe = runs[-1].config, load_config(ROOT / "examples/configs/outlier_safe.yaml", [])
+            assert (osp.model.norm, osp.model.embedding_projection) == (recipe.model.norm, recipe.model.embedding_projection)
+            assert (osp.optimizer.rule, osp.optimizer.muon.coefficients) == (recipe.optimizer.rule, recipe.optimizer.muon.coefficients)
+
+
 def test_the_study_of_optimizers_is_valid() -> None:
     path = ROOT / "examples" / "studies" / "optimizers.yaml"
     study = read_study(path)
@@ -166,7 +184,8 @@ def test_the_end_of_metrics_is_read_while_they_are_written(tmp_path: Path, tool:
 
 
 def test_a_study_from_end_to_end_and_again(tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    study, out = write_study(tmp_path), tmp_path / "out"
+    quantization = {"schemes": ["W4A4KV4", "W8A8"], "data": str(tmp_path / "code"), "tokens": 300}
+    study, out = write_study(tmp_path, quantization=quantization), tmp_path / "out"
     first = run_tool(study, "--output", out, "--parallel", "2", limit=240)
     assert first.returncode == 0, first.stderr
     assert "[5/5] " in first.stdout and first.stdout.count(": validation loss ") == 5 and f"study: {out / 'index.html'}" in first.stdout
@@ -177,14 +196,31 @@ def test_a_study_from_end_to_end_and_again(tmp_path: Path, tool: ModuleType, cap
     page = Page((out / "index.html").read_text("utf-8"))
     mean = (finals["plain", best, "seed_1"] + finals["plain", best, "seed_2"]) / 2
     assert page.tables[0][1][1].startswith(f"{mean:.3f}") and page.tables[0][2][0] == "heavy"
-    stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*/metrics.jsonl")}
+    rounded = [json.loads(path.read_text())["losses"] for path in sorted(out.glob("runs/heavy/*/*/quantization.json"))]
+    assert page.tables[1][0] == ["variant", "unquantized", "W4A4KV4", "W8A8"] and len(rounded) == 2
+    assert page.tables[1][2][2].startswith(f"{(rounded[0]['W4A4KV4'] + rounded[1]['W4A4KV4']) / 2:.3f}")
+    assert abs(rounded[0]["W8A8"] - rounded[0]["unquantized"]) < abs(rounded[0]["W4A4KV4"] - rounded[0]["unquantized"])
+    checkpoint = out / "runs/heavy/default/seed_1/checkpoints" / f"step_{STEPS:08d}"
+    words = ["--model", checkpoint, "--data", tmp_path / "code", "--tokens", 300, "--schemes", "W4A4KV4", "--output", tmp_path / "alone"]
+    assert import_module("quantize").main([*map(str, words)]) == 0
+    alone = json.loads((tmp_path / "alone").read_text())["losses"]
+    assert [each["loss"] for each in alone] == pytest.approx([rounded[0]["unquantized"], rounded[0]["W4A4KV4"]], rel=1e-6)
+    capsys.readouterr()
+    stamps = {
+        path: path.stat().st_mtime_ns for pattern in ("metrics.jsonl", "quantization.json") for path in out.glob(f"runs/*/*/*/{pattern}")
+    }
 
     assert tool.main([str(study), "--output", str(out)]) == 0
     again = capsys.readouterr().out
     assert ": validation loss" not in again
-    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*/metrics.jsonl")}
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps} and len(stamps) == 5 + 4
     assert again.split("study: ")[0] in first.stdout
 
+    stale = out / "runs/heavy/default/seed_1/quantization.json"
+    fewer = write_study(tmp_path, quantization=quantization | {"schemes": ["W8A8"]})
+    assert tool.main([str(fewer), "--output", str(out)]) == 0
+    assert list(json.loads(stale.read_text())["losses"]) == ["unquantized", "W8A8"]
+    capsys.readouterr()
     changed = write_study(tmp_path, overrides=["checkpoint.keep_last=2"])
     assert tool.main([str(changed), "--output", str(out)]) == 1
     assert "made with another configuration: checkpoint.keep_last was 1 and is 2" in capsys.readouterr().err

@@ -61,6 +61,17 @@ def test_weights_and_inputs_are_quantized_inside_the_block_only(only: set[str] |
     assert torch.equal(logits(model), before)
 
 
+def test_keys_and_values_are_quantized_inside_the_block_only() -> None:
+    model = model_of(random_weights())
+    before = logits(model)
+    with quantized(model, named_scheme("W16A16KV2")):
+        rounded = logits(model)
+    assert not torch.allclose(rounded, before, rtol=1e-2)
+    assert torch.equal(logits(model), before)
+    with quantized(model, named_scheme("W16A16KV2"), only=set()):
+        assert torch.equal(logits(model), before)
+
+
 def test_an_error_inside_leaves_the_model_as_it_was() -> None:
     model = model_of(random_weights())
     before = logits(model)

@@ -1,0 +1,51 @@
+"""The final models of a study, quantized: their losses beside each run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from megatron_ext.atomic_io import write_json
+from megatron_ext.checkpoint.load import find_checkpoint
+from megatron_ext.config.study import StudyQuantization, StudyRun
+from megatron_ext.parallel.device import local_device
+from megatron_ext.precision.post_training import named_scheme
+from megatron_ext.report.study import Variant
+from megatron_ext.report.study_quantization import FILE
+from megatron_ext.train.evaluation_packs import evaluation_packs
+from megatron_ext.train.quantized_evaluation import quantized_losses
+from megatron_ext.train.quantized_model import build_rotated, read_weights
+
+
+def quantize_runs(options: StudyQuantization, planned: Sequence[StudyRun], variants: Sequence[Variant], console: Console) -> None:
+    """Write ``FILE`` beside every run at the best value of its variant; what is there already and was made alike stays.
+
+    Raises:
+        DataError: the validation corpus cannot be read.
+        CheckpointError: the run's last checkpoint cannot be.
+    """
+    chosen = {run.directory for variant in variants for run in variant.runs}
+    runs = [run for run in planned if run.directory in chosen]
+    for run in track(runs, "quantizing", console=console, disable=not console.is_terminal, transient=True):
+        checkpoint = find_checkpoint(run.directory / "checkpoints", "auto")
+        assert checkpoint is not None, "a finished run has saved"
+        data = options.data or run.config.data.validation[0].path
+        settings = {**options.model_dump(), "data": data, "checkpoint": checkpoint.name}
+        if _settings_of(run.directory / FILE) != settings:
+            write_json(run.directory / FILE, {"settings": settings, "losses": _losses(options, run, checkpoint, data)})
+
+
+def _losses(options: StudyQuantization, run: StudyRun, checkpoint: Path, data: str) -> dict[str, float]:
+    weights, shape = read_weights(checkpoint)
+    device = local_device()
+    model = build_rotated(weights, shape, "none", 0, device, next(iter(weights.values())).dtype)
+    length = run.config.data.sequence_length
+    packs = [pack.to(device) for pack in evaluation_packs(data, checkpoint, length, options.tokens, shape.vocab_size)]
+    return {each.scheme: each.loss for each in quantized_losses(model, [named_scheme(name) for name in options.schemes], packs)}
+
+
+def _settings_of(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text("utf-8"))["settings"] if path.exists() else None
