@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from study_quantization import quantize_runs
+from study_quantization import check_schemes, quantize_runs
 from study_runner import Runner, RunStopped, pretrain_command
 
 from megatron_ext.config import load_config
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         study = read_study(options.study)
+        if study.quantization is not None:
+            check_schemes(options.study, study.quantization)
         planned = plan_runs(options.study, study, options.output)
         for run in planned:
             check_files(run, study.prepare)

@@ -11,6 +11,7 @@ from rich.progress import track
 from megatron_ext.atomic_io import write_json
 from megatron_ext.checkpoint.load import find_checkpoint
 from megatron_ext.config.study import StudyQuantization, StudyRun
+from megatron_ext.errors import ConfigError
 from megatron_ext.parallel.device import local_device
 from megatron_ext.precision.post_training import named_scheme
 from megatron_ext.report.study import Variant
@@ -18,6 +19,15 @@ from megatron_ext.report.study_quantization import FILE
 from megatron_ext.train.evaluation_packs import evaluation_packs
 from megatron_ext.train.quantized_evaluation import quantized_losses
 from megatron_ext.train.quantized_model import build_rotated, read_weights
+
+
+def check_schemes(path: Path, options: StudyQuantization) -> None:
+    """Raises ConfigError where the study at ``path`` names a scheme that there is not."""
+    for number, name in enumerate(options.schemes):
+        try:
+            named_scheme(name)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: quantization.schemes.{number}: {error}") from None
 
 
 def quantize_runs(options: StudyQuantization, planned: Sequence[StudyRun], variants: Sequence[Variant], console: Console) -> None:

@@ -16,7 +16,6 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.config.tree import ConfigTree
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.option_rules import Problem, one_of, require, shown
-from megatron_ext.precision.post_training import named_scheme
 
 _DECIDED_BY_THE_STUDY = ("run_dir", "seed")
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -71,12 +70,6 @@ class StudyQuantization(BaseModel):
     """Prefix of the .bin/.idx pair to evaluate on; null: the first of ``data.validation``."""
     tokens: int = Field(default=65536, ge=1)
     """Of it, to evaluate on."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in self.schemes:
-            named_scheme(name)
-        return self
 
 
 class Study(BaseModel):

@@ -73,13 +73,16 @@ VARIANT = {"overrides": ["optimizer.lr=0.01"]}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sedes": [1]}, "study.yaml line 18: sedes: no such key (its value: [1]); accepted: title, config, overrides, prepare, quantization, seeds"),
+        (
+            {"sedes": [1]},
+            "study.yaml line 18: sedes: no such key (its value: [1]); accepted: title, config, overrides, prepare, quantization, seeds",
+        ),
         ({"variants": {"a": {"swep": {}}}}, "variants.a.swep: no such key (its value: {}); accepted: overrides, sweep; nearest: sweep"),
         ({"variants": {}}, "variants: {}; accepted: "),
         ({"variants": {"a/b": VARIANT}}, "variants.a/b: 'a/b'; accepted: a name of at most 40 letters"),
         ({"title": 3}, "study.yaml line 1: title: 3; accepted: text"),
         ({"seeds": []}, "seeds: []; accepted: "),
-        ({"quantization": {"schemes": ["W1A4"]}}, "quantization"),
+        ({"quantization": {"schemes": []}}, "quantization.schemes: []; accepted: "),
         ({"seeds": [1, 1]}, "seeds: [1, 1]; accepted: numbers that differ"),
         ({"seeds": [-1]}, "seeds.0: -1; accepted: greater than or equal to 0"),
         ({"overrides": ["optimizer.lr"]}, "overrides.0: 'optimizer.lr'; accepted: dotted.path=value"),
@@ -258,6 +261,13 @@ def test_a_failing_run_stops_the_study_with_its_last_lines(tmp_path: Path, tool:
     assert "error: the run plain, optimizer.lr 0.001, seed 1 failed with exit status 2" in errors
     assert "  DataError: " in errors and "code.bin" in errors
     assert not (tmp_path / "out/index.html").exists() and len(list((tmp_path / "out").glob("runs/*/*/*"))) == 1
+
+
+def test_an_unknown_scheme_is_refused_before_anything_runs(tmp_path: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    study = write_study(tmp_path, quantization={"schemes": ["W4A4", "W1A4"], "data": str(tmp_path / "code")})
+    assert tool.main([str(study), "--output", str(tmp_path / "out")]) == 1
+    assert "study.yaml: quantization.schemes.1: quantization scheme 'W1A4'; accepted: WxAy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("parallel", ["0", "-1", "two"])
