@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ext.checkpoint.hf_rope import rope_from_hf, rope_to_hf
 from megatron_ext.checkpoint.own_config import OWN_TYPE, no_family_has, own_config, read_own_config
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.model.config import ModelConfig
@@ -33,8 +34,8 @@ REQUIRED_VALUES: Mapping[str, tuple[Any, str]] = {
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes, in the layout of transformers 5 (``rope_parameters``) or 4 (``rope_theta``).
 
-    Raises CheckpointError naming the key, for a missing key and for everything this model does not have: sliding windows in use, scaled
-    or partial rotary embeddings, mixtures of experts, biases outside q, k and v, activations other than silu.
+    Raises CheckpointError naming the key, for a missing key and for everything this model does not have: sliding windows in use, partial
+    rotary embeddings and those that change with the batch, mixtures of experts, biases outside q, k and v, activations other than silu.
     """
     family = hf.get("model_type")
     if family == OWN_TYPE:
@@ -45,6 +46,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     _refuse_other_values(hf)
     _refuse_sliding_window(hf)
     hidden_size, num_heads = _require(hf, "hidden_size"), _require(hf, "num_attention_heads")
+    head_dim, max_position = _default(hf, "head_dim", hidden_size // num_heads), hf["max_position_embeddings"]
+    theta, rope = rope_from_hf(hf, head_dim, max_position)
     try:
         return ModelConfig(
             vocab_size=_require(hf, "vocab_size"),
@@ -53,9 +56,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             num_layers=_require(hf, "num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=_default(hf, "num_key_value_heads", num_heads),
-            head_dim=_default(hf, "head_dim", hidden_size // num_heads),
-            max_position=hf["max_position_embeddings"],
-            rope_theta=_rope_theta(hf),
+            head_dim=head_dim,
+            max_position=max_position,
+            rope_theta=theta,
+            rope=rope,
             norm_eps=_default(hf, "rms_norm_eps", 1e-6),
             qk_norm=family == "qwen3",
             qkv_bias=family == "qwen2",
@@ -89,8 +93,7 @@ def config_to_hf(
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
+        **rope_to_hf(config.rope_theta, config.rope),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
@@ -126,26 +129,6 @@ def _refuse_sliding_window(hf: Mapping[str, Any]) -> None:
     kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         raise CheckpointError(f"config.json: layer_types has {', '.join(sorted(kinds))}; only full_attention is supported")
-
-
-def _rope_theta(hf: Mapping[str, Any]) -> float:
-    """The base of the rotary embedding, from whichever layout is present; both must agree."""
-    bases = set()
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = hf.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"config.json: {key} has rope_type {kind!r}; only 'default' is supported")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise CheckpointError(f"config.json: {key} has partial_rotary_factor {rope['partial_rotary_factor']}; only 1.0 is supported")
-        unknown = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if unknown:
-            raise CheckpointError(f"config.json: {key} has {', '.join(sorted(unknown))}, which is not supported")
-        bases.add(rope.get("rope_theta"))
-    bases = (bases | {hf.get("rope_theta")}) - {None}
-    if len(bases) > 1:
-        raise CheckpointError(f"config.json: rope_theta is given as {' and as '.join(str(base) for base in sorted(bases))}")
-    return float(bases.pop()) if bases else 10000.0
 
 
 def _require(hf: Mapping[str, Any], key: str) -> int:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.options import ModelOptions
+from megatron_ext.model.rope_scaling import RopeScaling, resolve_rope
 
 DEFAULT_EPS, SS_EPS = 1e-5, 1e-6
+DEFAULT_THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position: int
-    rope_theta: float = 10000.0
+    rope_theta: float = DEFAULT_THETA
+    rope: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5
     qk_norm: bool = False
     qkv_bias: bool = False
@@ -64,6 +67,10 @@ class ModelConfig:
 
         ``vocab_size`` (rows) and ``sequence_length`` (tokens) stand in where the options say null.
         """
+        head_dim = options.hidden_size // options.num_heads if options.head_dim is None else options.head_dim
+        max_position = sequence_length if options.max_position is None else options.max_position
+        theta = options.rope_theta or DEFAULT_THETA
+        theta, rope = resolve_rope(options.rope, theta, head_dim, max_position)
         return cls(
             vocab_size=vocab_size if options.vocab_size is None else options.vocab_size,
             hidden_size=options.hidden_size,
@@ -71,9 +78,10 @@ class ModelConfig:
             num_layers=options.num_layers,
             num_heads=options.num_heads,
             num_kv_heads=options.num_heads if options.num_kv_heads is None else options.num_kv_heads,
-            head_dim=options.hidden_size // options.num_heads if options.head_dim is None else options.head_dim,
-            max_position=sequence_length if options.max_position is None else options.max_position,
-            rope_theta=options.rope_theta,
+            head_dim=head_dim,
+            max_position=max_position,
+            rope_theta=theta,
+            rope=rope,
             norm_eps=options.norm_eps or (SS_EPS if options.norm.kind == "ss" else DEFAULT_EPS),
             qk_norm=options.qk_norm,
             qkv_bias=options.qkv_bias,

@@ -106,7 +106,7 @@ class GPT(nn.Module):
         if self.precision is not None:
             self.precision.next_pack()
         dtype = next(self.parameters()).dtype
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype, self.config.rope)
         return PackContext(cu_seqlens, max_seqlen, sharing, cos, sin)
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.model.norm_options import NormOptions
+from megatron_ext.model.rope_options import RopeOptions
 from megatron_ext.option_rules import require
 
 
@@ -12,8 +13,8 @@ class ModelOptions:
     """A decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3), or where to take it from."""
 
     init_from: str | None = None
-    """Directory of a Hugging Face checkpoint: weights and shape come from it, and no other key may be set but ``attention`` and
-    ``norm_backend``."""
+    """Directory of a Hugging Face checkpoint: weights and shape come from it. Of the other keys only ``max_position``,
+    ``rope_theta``, ``rope``, ``attention`` and ``norm_backend`` may be set: the first three change what its config.json says."""
     vocab_size: int | None = None
     """Rows of the embedding; null: the size of the tokenizer."""
     hidden_size: int = 256
@@ -29,9 +30,12 @@ class ModelOptions:
     head_dim: int | None = None
     """Width of a head; null: hidden_size / num_heads."""
     max_position: int | None = None
-    """Longest sequence that the exported config.json promises; null: ``data.sequence_length``."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position embedding."""
+    """Longest sequence that the exported config.json promises; null: ``data.sequence_length``; with ``init_from`` what the checkpoint
+    promises, or what ``rope`` or ``data.sequence_length`` make of it if that is longer."""
+    rope_theta: float | None = None
+    """Base of the rotary position embedding; null: that of ``init_from``, or 10000."""
+    rope: RopeOptions | None = None
+    """How rotary positions reach longer documents; null: as in ``init_from``, or by the base alone."""
     norm: NormOptions = field(default_factory=NormOptions)
     """Kind and places of the norms."""
     norm_eps: float | None = None
@@ -71,7 +75,7 @@ class ModelOptions:
                 f"a multiple of 2 num_heads ({pairs}) while head_dim is null",
             ),
             (not (self.head_dim or 0) % 2, "head_dim", self.head_dim, "an even number: rotary positions turn pairs"),
-            (self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0"),
+            (self.rope_theta is None or self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0, or null"),
             (self.norm_eps is None or self.norm_eps > 0, "norm_eps", self.norm_eps, "more than 0, or null"),
             (0 < self.embedding_gradient_shrink <= 1, "embedding_gradient_shrink", self.embedding_gradient_shrink, "above 0, at most 1"),
             (self.init_std >= 0, "init_std", self.init_std, "at least 0"),

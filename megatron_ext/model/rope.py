@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_ext.model.rope_scaling import RopeScaling, rope_frequencies
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+
+def rope_tables(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine [T, head_dim] in ``dtype`` of the angle of each position (int [T]) and channel.
 
-    Angles are float32 except for float64 models: the rounding that checkpoints of this family were trained with.
+    Angles are float32 except for float64 models: the rounding that checkpoints of this family were trained with. Both are multiplied by
+    the attention factor of ``scaling``; None: frequencies are those of the base ``theta`` alone.
     """
+    scaling = scaling or RopeScaling()
     wide = torch.promote_types(dtype, torch.float32)
-    exponent = torch.arange(0, head_dim, 2, dtype=wide, device=positions.device) / head_dim
-    angle = positions.to(wide)[:, None] * (1.0 / theta**exponent)
-    cos, sin = angle.cos(), angle.sin()
+    angle = positions.to(wide)[:, None] * rope_frequencies(head_dim, theta, scaling, wide, positions.device)
+    cos, sin = angle.cos() * scaling.attention_factor, angle.sin() * scaling.attention_factor
     return torch.cat((cos, cos), dim=1).to(dtype), torch.cat((-sin, sin), dim=1).to(dtype)
 
 
@@ -29,7 +34,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back, so nothing of the size of ``x`` is kept."""
+    """The gradient is the rotation back, times the same factor, so nothing of the size of ``x`` is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.hf import load_hf_config, load_hf_weights, read_hf_tensors
+from megatron_ext.checkpoint.hf import load_hf_weights, read_hf_tensors
 from megatron_ext.checkpoint.hf_config import config_to_hf
 from megatron_ext.config import RunConfig, deepspeed_config, total_steps
 from megatron_ext.data.mixture import Mixture
@@ -39,6 +39,7 @@ from megatron_ext.precision.recipe import Recipe
 from megatron_ext.train.engine import Engine, owner_engine, zero_engine
 from megatron_ext.train.layer_times import measure_layers
 from megatron_ext.train.logit_clip import LogitClip
+from megatron_ext.train.positions import checkpoint_model, describe_positions
 from megatron_ext.train.precision import apply_recipe
 from megatron_ext.train.running_norms import RunningNormUpdate
 from megatron_ext.train.sources import build_mixture
@@ -114,7 +115,7 @@ def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
         vocab_size = vocab_size or config.model.vocab_size
         assert vocab_size is not None, "the configuration has a tokenizer or a vocabulary size"
         return ModelConfig.from_options(config.model, vocab_size, config.data.sequence_length)
-    return load_hf_config(config.model.init_from)
+    return checkpoint_model(config.model, config.data.sequence_length)
 
 
 def run_shape(setup: Setup, world_size: int) -> GridShape:
@@ -166,6 +167,7 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
         model = model.to(dtype)
     chosen = {
         "weights": config.model.init_from or f"random, seed {config.seed}",
+        **describe_positions(config.model, setup.model),
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
         "attention": f"{attention} ({why_attention})",
         "norms": set_norm_backend(model, config.model.norm_backend, device, dtype),

@@ -93,7 +93,14 @@ def test_resolved_yaml_leaves_the_shape_to_the_checkpoint(load: Load, tmp_path: 
     config = load("model={init_from: hf, attention: dense}")
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_config(config), "utf-8")
-    assert yaml.safe_load(resolved.read_text())["model"] == {"init_from": "hf", "attention": "dense", "norm_backend": "torch"}
+    assert yaml.safe_load(resolved.read_text())["model"] == {
+        "init_from": "hf",
+        "max_position": None,
+        "rope_theta": None,
+        "rope": None,
+        "attention": "dense",
+        "norm_backend": "torch",
+    }
     assert load_config(resolved) == config
 
 

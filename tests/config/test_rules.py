@@ -39,7 +39,10 @@ REFUSED = [
     ("model.hidden_size=254", "model.hidden_size: 254; accepted: a multiple of 2 num_heads (8) while head_dim is null"),
     ("model.hidden_size=252", "model.hidden_size: 252; accepted: a multiple of 2 num_heads (8) while head_dim is null"),
     ("model.head_dim=33", "model.head_dim: 33; accepted: an even number: rotary positions turn pairs"),
-    ("model.rope_theta=0", "model.rope_theta: 0.0; accepted: more than 0"),
+    ("model.rope_theta=0", "model.rope_theta: 0.0; accepted: more than 0, or null"),
+    ("model.rope={kind: yarn, factor: 0.5}", "model.rope.factor: 0.5; accepted: at least 1, or null"),
+    ("model.rope={kind: dynamic}", "model.rope.kind: 'dynamic'; accepted: default, linear, ntk, yarn, llama3"),
+    ("model.rope={factor: 2}", "model.rope.kind: not set; accepted: a value, because there is no default"),
     ("model.norm_eps=0", "model.norm_eps: 0.0; accepted: more than 0"),
     ("model.init_std=-1", "model.init_std: -1.0; accepted: at least 0"),
     ("model.max_position=127", "model.max_position: 127; accepted: at least data.sequence_length (128), or null"),
@@ -145,6 +148,7 @@ ACCEPTED = [
     "train.dtype=float64",
     "checkpoint={every: 1, keep_last: 1, resume: some/step_00000001}",
     "model={init_from: hf, attention: dense}",
+    "model={init_from: hf, rope_theta: 5e6, max_position: 65536, rope: {kind: yarn, factor: 8}}",
     "seed=9_223_372_036_854_775_807",
 ]
 
