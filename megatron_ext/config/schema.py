@@ -46,7 +46,6 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check_between_rooms(self) -> Self:
         steps, sequence = total_steps(self), self.data.sequence_length
-        warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
         pack, longest = self.planning.tokens_per_pack, self.model.max_position
         # Policies that choose degrees are checked when the ranks are known.
         shared_by = {"data_parallel": 1, "static": self.planning.degree}.get(self.planning.policy)
@@ -59,8 +58,7 @@ class RunConfig(BaseModel):
         require(
             (holds, "planning.tokens_per_pack", pack, f"at least {least}, so that a pack holds data.sequence_length ({sequence}), or null"),
             (longest is None or longest >= sequence, "model.max_position", longest, whole_piece),
-            (warmup <= steps, "schedule.warmup_steps", warmup, f"at most the {steps} steps of the run"),
-            (decay is None or warmup + decay <= steps, "schedule.decay_steps", decay, f"at most {steps} steps less {warmup} of warm-up"),
+            *((holds, f"schedule.{key}", seen, accepted) for holds, key, seen, accepted in self.schedule.rules_of_length(steps)),
             (whole_model, "optimizer.sharding", sharding, f"whole_tensor with tp {grid.tp} and pp {grid.pp}; ZeRO with both 1"),
             (
                 sharding == "whole_tensor" or self.train.dtype != "float64",

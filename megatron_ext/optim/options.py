@@ -1,6 +1,7 @@
 """What a user can say about the optimizer and the learning-rate schedule."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from megatron_ext.option_rules import require
@@ -153,26 +154,113 @@ class OptimizerOptions:
 class ScheduleOptions:
     """Learning-rate factor by optimizer step. Give ``*_steps``; the whole length is that of the run."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """``cosine``, ``wsd`` (warm-up, stable, decay) or ``constant``; each begins with a linear warm-up."""
+    kind: Literal["cosine", "wsd", "infinite", "constant"] = "cosine"
+    """``cosine``, ``wsd`` (warm-up, stable, decay), ``infinite`` (warm-up, cool-down, constant, decay) or ``constant``; each begins with
+    a linear warm-up."""
     warmup_steps: int = 0
-    """Steps of the linear warm-up from 0."""
+    """Steps of the linear warm-up."""
+    warmup_from: float = 0.0
+    """Factor that the warm-up begins from. A run that continues a decayed one may begin where that ended."""
     decay_steps: int | None = None
-    """wsd: length of the final decay; null: a tenth of the run."""
-    decay_shape: Literal["linear", "cosine", "one_minus_sqrt"] = "linear"
-    """wsd: ``linear``, ``cosine`` or ``one_minus_sqrt``."""
+    """wsd, infinite: length of the final decay; null: a tenth of the run; 0: none, for a run that others branch off."""
+    decay_shape: Literal["linear", "cosine", "one_minus_sqrt", "exponential", "inverse"] = "linear"
+    """wsd, infinite: of the factor (``exponential``: of its logarithm, ``inverse``: of its inverse, both a straight line)."""
     min_factor: float = 0.1
-    """Factor at the end of the decay."""
+    """Factor at the end of the decay. A moderate decay ends at 0.1 to 0.5."""
+    decay_ends: list[int] = field(default_factory=list)
+    """cosine, wsd: steps at which earlier decays end. After each the rate rises and decays again; the last one ends with the run."""
+    rewarm_steps: int = 0
+    """Steps of the linear rise from ``min_factor`` after each of ``decay_ends``; 0: at once, as WSD-S does."""
+    cooldown_steps: int = 0
+    """infinite: length of the fall from 1 to ``constant_factor``, after the warm-up."""
+    cooldown_shape: Literal["inverse_sqrt", "cosine", "linear"] = "inverse_sqrt"
+    """infinite: ``inverse_sqrt``, ``cosine`` or ``linear``."""
+    cooldown_steepness: float = 10.0
+    """infinite: alpha of the shape ``inverse_sqrt``; the larger, the more of the fall comes first."""
+    constant_factor: float = 0.5
+    """infinite: factor of the constant phase."""
+
+    def period(self, step: int, total_steps: int) -> tuple[int, int]:
+        """The steps from one warm-up to the next that ``step`` is among: those after the first of the two numbers, up to the second."""
+        begin = max((end for end in self.decay_ends if end < step), default=0)
+        return begin, min((end for end in self.decay_ends if end >= step), default=total_steps)
+
+    def warmup(self, begin: int) -> tuple[int, float]:
+        """Steps of the warm-up of the period after step ``begin``, and the factor that it begins from."""
+        return (self.rewarm_steps, self.min_factor) if begin else (self.warmup_steps, self.warmup_from)
+
+    def decay_length(self, period: int) -> int:
+        """wsd, infinite: steps of the decay at the end of a period of so many steps."""
+        return max(1, period // 10) if self.decay_steps is None else self.decay_steps
+
+    def rules_of_length(self, total_steps: int) -> list[tuple[bool, str, object, str]]:
+        """What a run of ``total_steps`` steps adds to the rules, as ``require`` takes them."""
+        if self.decay_ends and self.decay_ends[-1] >= total_steps:
+            return [(False, "decay_ends", self.decay_ends, f"steps before the last of the run ({total_steps})")]
+        periods = [self.period(end, total_steps) for end in [*self.decay_ends, total_steps]]
+        shortest = min(end - begin - self.warmup(begin)[0] for begin, end in periods)
+        first = periods[0][1]
+        whole = "of the run" if not self.decay_ends else "up to the first of decay_ends"
+        cooldown = self.cooldown_steps + self.decay_length(first) if self.kind == "infinite" else 0
+        beside = f"at most {total_steps} steps less {self.warmup_steps} of warm-up"
+        if self.decay_ends:
+            beside = f"at most {shortest}, the fewest steps between a warm-up and the end of its decay"
+        return [
+            (self.warmup_steps <= first, "warmup_steps", self.warmup_steps, f"at most the {first} steps {whole}"),
+            (
+                self.warmup_steps > first or shortest >= 0,
+                "rewarm_steps",
+                self.rewarm_steps,
+                "at most the steps from one decay's end to the next",
+            ),
+            (not self.decay_steps or self.decay_steps <= shortest, "decay_steps", self.decay_steps, beside),
+            (
+                not self.cooldown_steps or self.warmup_steps + cooldown <= first,
+                "cooldown_steps",
+                self.cooldown_steps,
+                f"at most {total_steps} steps less {self.warmup_steps} of warm-up and {self.decay_length(first)} of decay",
+            ),
+        ]
 
     def __post_init__(self) -> None:
+        infinite, never = self.kind == "infinite", f"because schedule {self.kind} has none; kind "
+        ends = [0, *self.decay_ends]
+        logarithmic = self.kind in ("wsd", "infinite") and self.decay_shape in ("exponential", "inverse")
         require(
             (self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0"),
-            (self.decay_steps is None or self.decay_steps >= 1, "decay_steps", self.decay_steps, "at least 1, or null"),
+            (0 <= self.warmup_from <= 1, "warmup_from", self.warmup_from, "between 0 and 1"),
+            (self.decay_steps is None or self.decay_steps >= 0, "decay_steps", self.decay_steps, "at least 0 (no decay), or null"),
             (
-                self.decay_steps is None or self.kind == "wsd",
+                self.decay_steps is None or self.kind in ("wsd", "infinite"),
                 "decay_steps",
                 self.decay_steps,
-                f"null, because schedule {self.kind} has no decay of its own length; kind wsd has",
+                f"null, because schedule {self.kind} has no decay of its own length; kinds wsd and infinite have",
             ),
             (0 <= self.min_factor <= 1, "min_factor", self.min_factor, "between 0 and 1"),
+            (self.min_factor > 0 or not logarithmic, "min_factor", self.min_factor, f"more than 0 with decay_shape {self.decay_shape}"),
+            (all(a < b for a, b in pairwise(ends)), "decay_ends", self.decay_ends, "steps, each later than the one before"),
+            (
+                not self.decay_ends or self.kind in ("cosine", "wsd"),
+                "decay_ends",
+                self.decay_ends,
+                f"an empty list, because schedule {self.kind} decays at most once; kinds cosine and wsd may decay again",
+            ),
+            (
+                self.decay_steps != 0 or not self.decay_ends,
+                "decay_steps",
+                self.decay_steps,
+                "at least 1 with decay_ends, or null",
+            ),
+            (self.rewarm_steps >= 0, "rewarm_steps", self.rewarm_steps, "at least 0"),
+            (self.rewarm_steps <= 0 or bool(self.decay_ends), "rewarm_steps", self.rewarm_steps, "0 without decay_ends"),
+            (self.cooldown_steps >= 0, "cooldown_steps", self.cooldown_steps, "at least 0"),
+            (infinite or self.cooldown_steps <= 0, "cooldown_steps", self.cooldown_steps, f"0, {never}infinite has"),
+            (self.cooldown_steepness > 0, "cooldown_steepness", self.cooldown_steepness, "more than 0"),
+            (0 < self.constant_factor <= 1, "constant_factor", self.constant_factor, "more than 0, at most 1"),
+            (
+                not infinite or self.min_factor <= self.constant_factor,
+                "min_factor",
+                self.min_factor,
+                f"at most constant_factor ({self.constant_factor})",
+            ),
         )
