@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_between_rooms(self) -> Self:
-        steps, sequence = total_steps(self), self.data.sequence_length
+        steps, sequence = total_steps(self), self.data.longest_sequence
         pack, longest = self.planning.tokens_per_pack, self.model.max_position
         # Policies that choose degrees are checked when the ranks are known.
         shared_by = {"data_parallel": 1, "static": self.planning.degree}.get(self.planning.policy)

@@ -12,8 +12,8 @@ def summary(config: RunConfig, ranks: str, parameters: int | None = None) -> str
         "steps": f"{steps:,}",
         "tokens per step": f"{config.data.tokens_per_step:,} at most",
         "token budget": f"{tokens:,} at most",
-        "sequence length": f"{config.data.sequence_length:,} tokens",
-        "pack": f"{config.planning.tokens_per_pack or config.data.sequence_length:,} tokens at most",
+        "sequence length": f"{config.data.longest_sequence:,} tokens",
+        "pack": f"{config.planning.tokens_per_pack or config.data.longest_sequence:,} tokens at most",
         "parameters": "unknown before the model is read" if parameters is None else f"{parameters:,}",
         "layout": f"{ranks}, policy {config.planning.policy}",
     }

@@ -57,6 +57,15 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an epoch, both sides of the split together."""
+        return self.dataset.num_tokens
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which documents there are and their order, but for the seed and the split."""
+        return self.dataset.fingerprint()
+
     def length(self, document: int) -> int:
         """Tokens of a document."""
         return int(self.dataset.lengths[document])
@@ -64,6 +73,12 @@ class Corpus:
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` of a document, in the dtype of the file."""
         return self.dataset.tokens(document, start, stop)
+
+    def pieces(self, source: int, seed: int, sequence_length: int, position: int, start: int) -> Iterator[tuple[int, Piece]]:
+        """Pieces of documents to train on, for ever, from token ``start`` of the document at ``position`` on; with their positions."""
+        for place, document in self.shuffled(str(seed), position):
+            yield from ((place, piece) for piece in cut(source, document, self.length(document), sequence_length, start))
+            start = 0
 
     def is_held_out(self, document: int) -> bool:
         """True if the document belongs to validation."""

@@ -1,8 +1,9 @@
 """What a user can say about data."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_ext.option_rules import require
 
@@ -30,6 +31,21 @@ class SourceOptions:
 
 
 @dataclass
+class ReplayDecayOptions:
+    """How the share of replay changes over the run."""
+
+    to: float
+    """Share of replay in the end, at least 0 and less than 1."""
+    tokens: int
+    """Tokens of the run after which it is reached."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """The way there."""
+
+    def __post_init__(self) -> None:
+        require((0 <= self.to < 1, "to", self.to, "at least 0 and less than 1"), (self.tokens >= 1, "tokens", self.tokens, "at least 1"))
+
+
+@dataclass
 class ReplayOptions:
     """Documents of an earlier mixture, mixed into a continual phase so that it is not forgotten."""
 
@@ -39,6 +55,8 @@ class ReplayOptions:
     """Run directory of the earlier phase: its sources and weights are replayed."""
     sources: list[SourceOptions] = field(default_factory=list)
     """The sources to replay, when there is no earlier run directory."""
+    decay: ReplayDecayOptions | None = None
+    """Lets the share change from ``share`` at the begin of the run; null: it stays."""
 
     def __post_init__(self) -> None:
         require(
@@ -46,6 +64,39 @@ class ReplayOptions:
             (bool(self.run) != bool(self.sources), "run", self.run, "exactly one of run and sources"),
             _distinct("sources", self.sources),
         )
+
+
+@dataclass
+class StageOptions:
+    """A part of the run with other data than the rest. What is null is as without stages."""
+
+    tokens: int | None = None
+    """Tokens until the next stage begins; null for the last, which lasts to the end of the run. A step belongs to the stage in which it
+    begins."""
+    share: float | None = None
+    """The same as a share of the token budget of the run, instead of ``tokens``."""
+    sequence_length: int | None = None
+    """Longest piece of a document. A document that was read in part goes on at its next token."""
+    weights: dict[str, float] | None = None
+    """Weights of ``sources`` by name; those not named keep theirs, 0 leaves a source out."""
+    replay_share: float | None = None
+    """Constant share of replay, between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        weights = self.weights or {}
+        require(
+            (self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1, or null in the last stage"),
+            (self.share is None or 0 < self.share < 1, "share", self.share, "more than 0 and less than 1, or null"),
+            (self.tokens is None or self.share is None, "share", self.share, f"null, because tokens is set ({self.tokens})"),
+            (self.sequence_length is None or self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2, or null"),
+            (all(weight >= 0 for weight in weights.values()), "weights", self.weights, "numbers of at least 0"),
+            (self.replay_share is None or 0 <= self.replay_share <= 1, "replay_share", self.replay_share, "between 0 and 1, or null"),
+        )
+
+    @property
+    def has_length(self) -> bool:
+        """Whether the options say where the next stage begins."""
+        return self.tokens is not None or self.share is not None
 
 
 @dataclass
@@ -60,6 +111,11 @@ class DataOptions:
     """Documents are taken in order until the next would exceed this many tokens, whatever the number of ranks."""
     replay: ReplayOptions | None = None
     """Optional share of an earlier mixture."""
+    stages: list[StageOptions] = field(default_factory=list)
+    """Parts of the run, in order, that differ in sequence length, weights or replay; empty: the whole run is alike."""
+    repeats_warned_at: float | None = 4.0
+    """Warn when a source has been read more often than this: up to about 4 epochs, repeated data are nearly as good as new (Muennighoff et
+    al. 2023, arXiv:2305.16264). null: never."""
     validation: list[SourceOptions] = field(default_factory=list)
     """Corpora to evaluate on; weights are ignored."""
     validation_fraction: float = 0.0
@@ -73,12 +129,18 @@ class DataOptions:
             (bool(self.sources), "sources", self.sources, "at least one source"),
             (self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2 tokens: one to read and one to predict"),
             (
-                self.tokens_per_step >= self.sequence_length,
+                self.tokens_per_step >= self.longest_sequence,
                 "tokens_per_step",
                 self.tokens_per_step,
-                f"at least sequence_length ({self.sequence_length}), or the longest piece of a document fits no step",
+                f"at least sequence_length ({self.longest_sequence}), or the longest piece of a document fits no step",
             ),
             (0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "at least 0 and less than 1"),
+            (
+                self.repeats_warned_at is None or self.repeats_warned_at > 0,
+                "repeats_warned_at",
+                self.repeats_warned_at,
+                "more than 0, or null",
+            ),
             _distinct("sources", self.sources),
             (not replayed_too, "replay.sources", replayed_too, "names that differ from those of sources"),
             _distinct("validation", self.validation),
@@ -88,7 +150,26 @@ class DataOptions:
                 held_out,
                 "names that differ from those of sources while validation_fraction is set",
             ),
+            *self._stage_rules(),
         )
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens of a piece in any stage."""
+        return max([stage.sequence_length or self.sequence_length for stage in self.stages], default=self.sequence_length)
+
+    def _stage_rules(self) -> Iterator[tuple[bool, str, object, str]]:
+        names = [source.name for source in self.sources]
+        for number, stage in enumerate(self.stages):
+            key, weights = f"stages.{number}", stage.weights or {}
+            unknown = [name for name in weights if name not in names]
+            some = any(weights.get(source.name, source.weight) > 0 for source in self.sources)
+            is_last = number == len(self.stages) - 1
+            yield stage.has_length or is_last, f"{key}.tokens", stage.tokens, "tokens or share in every stage but the last"
+            yield not unknown, f"{key}.weights", unknown, f"names of data.sources: {', '.join(names)}"
+            yield some, f"{key}.weights", stage.weights, "more than 0 for at least one source"
+            replays = stage.replay_share is None or self.replay is not None
+            yield replays, f"{key}.replay_share", stage.replay_share, "null without data.replay"
 
 
 def _distinct(key: str, sources: Iterable[SourceOptions]) -> tuple[bool, str, object, str]:

@@ -41,13 +41,14 @@ def validation_sets(data: DataOptions, training: list[Corpus], most_tokens: int)
     Args:
         data: the data section.
         training: the training corpora.
-        most_tokens: tokens of each set; documents are chosen at random, but always the same.
+        most_tokens: tokens of each set; documents are chosen at random, but always the same. They are cut at the longest sequence of all
+            stages, so that losses of all stages compare.
 
     Raises:
         DataError: a corpus cannot be read or has no document for validation.
     """
-    own = [_choose(Corpus(options), "validation", data.sequence_length, most_tokens) for options in data.validation]
-    held_out = [_choose(corpus, "held_out", data.sequence_length, most_tokens) for corpus in training if corpus.held_out > 0.0]
+    own = [_choose(Corpus(options), "validation", data.longest_sequence, most_tokens) for options in data.validation]
+    held_out = [_choose(corpus, "held_out", data.longest_sequence, most_tokens) for corpus in training if corpus.held_out > 0.0]
     return own + held_out
 
 

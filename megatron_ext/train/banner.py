@@ -16,7 +16,7 @@ def describe_run(setup: Setup, grid: Grid, dtype: torch.dtype) -> dict[str, str]
     parameters = setup.model.num_parameters()
     masters = str(main_dtype(dtype)).removeprefix("torch.")
     sharding = f"{config.optimizer.sharding}, each rank about {parameters // shape.size:,} parameters"
-    shares = zip(setup.mixture.corpora, setup.mixture.shares, strict=True)
+    sources = zip(setup.mixture.corpora, setup.mixture.expected_tokens(setup.token_budget), strict=True)
     packs = f"packs of {setup.tokens_per_pack:,}, {config.planning.policy}"
     return {
         "ranks": f"{shape.size}: {shape}, {describe(grid.world.device)}",
@@ -25,8 +25,26 @@ def describe_run(setup: Setup, grid: Grid, dtype: torch.dtype) -> dict[str, str]
         **_describe_rules(setup, grid),
         "step": f"{config.data.tokens_per_step:,} tokens at most; {packs}",
         "budget": f"{setup.total_steps:,} steps, {setup.token_budget:,} tokens",
-        "data": ", ".join(f"{corpus.name} {share:.1%} ({corpus.dataset.num_tokens:,} tokens)" for corpus, share in shares),
+        "data": ", ".join(f"{each.name} {tokens / setup.token_budget:.1%} ({each.num_tokens:,} tokens)" for each, tokens in sources),
+        **{f"  stage {number}": line for number, line in enumerate(describe_stages(setup)) if len(setup.mixture.stages) > 1},
     }
+
+
+def describe_stages(setup: Setup) -> list[str]:
+    """For each stage, where it begins, its sequence length, and the shares of its tokens within the budget of the run."""
+    mixture = setup.mixture
+    ends = [*(stage.begin for stage in mixture.stages[1:]), setup.token_budget]
+    lines = []
+    for stage, end in zip(mixture.stages, ends, strict=True):
+        tokens = min(end, setup.token_budget) - stage.begin
+        line = f"from {stage.begin:,} tokens: sequences of {stage.sequence_length:,}"
+        if tokens <= 0:
+            lines.append(f"{line}, which the run does not reach")
+            continue
+        amounts = [stage.shares.amount(source, stage.begin, stage.begin + tokens) for source in range(len(mixture.corpora))]
+        shares = zip(mixture.corpora, amounts, strict=True)
+        lines.append(f"{line}, " + ", ".join(f"{corpus.name} {amount / tokens:.1%}" for corpus, amount in shares))
+    return lines
 
 
 def _describe_rules(setup: Setup, grid: Grid) -> dict[str, str]:

@@ -62,7 +62,7 @@ class Setup:
     @property
     def tokens_per_pack(self) -> int:
         """Most tokens that one rank computes at once."""
-        return self.config.planning.tokens_per_pack or self.config.data.sequence_length
+        return self.config.planning.tokens_per_pack or self.config.data.longest_sequence
 
     @property
     def total_steps(self) -> int:
@@ -114,8 +114,8 @@ def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
     if config.model.init_from is None:
         vocab_size = vocab_size or config.model.vocab_size
         assert vocab_size is not None, "the configuration has a tokenizer or a vocabulary size"
-        return ModelConfig.from_options(config.model, vocab_size, config.data.sequence_length)
-    return checkpoint_model(config.model, config.data.sequence_length)
+        return ModelConfig.from_options(config.model, vocab_size, config.data.longest_sequence)
+    return checkpoint_model(config.model, config.data.longest_sequence)
 
 
 def run_shape(setup: Setup, world_size: int) -> GridShape:

@@ -129,7 +129,7 @@ def designed_trials(tokens: int) -> list[Trial]:
 def _other_trials(setup: Setup, cost: CostModel, ranks: int) -> list[Trial]:
     """What predictions are compared with: random documents on each rank, and on the largest blocks that the run may share packs in."""
     draw = np.random.default_rng(0)
-    longest = setup.config.data.sequence_length
+    longest = setup.config.data.longest_sequence
     trials = [Trial(random_lengths(draw, cost.tokens_per_rank, longest)) for _ in range(DRAWN_PACKS)]
     degree = cost.degrees(ranks, setup.config.planning.largest_degree)[-1]
     first = min(longest, cost.capacity(degree))

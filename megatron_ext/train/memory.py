@@ -65,7 +65,7 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
     size, wide = dtype.itemsize, max(4, dtype.itemsize)
     zero = 0 if config.optimizer.sharding == "whole_tensor" else int(config.optimizer.sharding[-1])
     owned = -(-elements // shape.dp)
-    tokens = config.planning.tokens_per_pack or config.data.sequence_length
+    tokens = config.planning.tokens_per_pack or config.data.longest_sequence
     return RankMemory(
         parameters=size * (owned if zero == 3 else elements) + weight_codes(config.precision, model, held),
         gradients=wide * (owned if zero >= 2 else elements),

@@ -11,6 +11,7 @@ from megatron_ext.parallel.device import choose_dtype, local_device
 from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.shared_directory import prove_shared
 from megatron_ext.parallel.world import World, join_world, launched_ranks
+from megatron_ext.train.banner import describe_stages
 from megatron_ext.train.build import Setup, build_grid, prepare, run_shape
 from megatron_ext.train.memory import largest_rank
 from megatron_ext.train.sources import CONFIG_FILE
@@ -63,7 +64,11 @@ def dry_run(config: RunConfig) -> str:
     parts = ", ".join(f"{name} {value / 2**30:.3g}" for name, value in asdict(memory).items())
     text += f"memory           about {memory.total / 2**30:.3g} GiB of tensors on a rank of stage {stage} ({parts})\n"
     rows = []
-    for corpus, share in zip(setup.mixture.corpora, setup.mixture.shares, strict=True):
-        epochs = share * setup.token_budget / corpus.dataset.num_tokens
-        rows.append(f"  {corpus.name}: {share:.1%} of the tokens, {corpus.dataset.num_tokens:,} in the corpus, {epochs:.2f} epochs")
-    return text + "sources\n" + "\n".join(rows)
+    budget, corpora = setup.token_budget, setup.mixture.corpora
+    for corpus, expected in zip(corpora, setup.mixture.expected_tokens(budget), strict=True):
+        epochs = expected / corpus.num_tokens
+        rows.append(f"  {corpus.name}: {expected / budget:.1%} of the tokens, {corpus.num_tokens:,} in the corpus, {epochs:.2f} epochs")
+    text += "sources\n" + "\n".join(rows)
+    if len(setup.mixture.stages) > 1:
+        text += "\nstages\n" + "\n".join(f"  {line}" for line in describe_stages(setup))
+    return text

@@ -1,12 +1,14 @@
 """From the data section of a configuration, and those of the runs that it replays, to corpora and shares."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ext.config import RunConfig, load_config
+from megatron_ext.config import RunConfig, load_config, total_steps
 from megatron_ext.data.corpus import Corpus
 from megatron_ext.data.mixture import Mixture
-from megatron_ext.data.options import DataOptions, SourceOptions
+from megatron_ext.data.options import DataOptions, SourceOptions, StageOptions
+from megatron_ext.data.shares import ConstantShares, Fade, FadingShares, Shares
+from megatron_ext.data.stages import Stage
 from megatron_ext.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -21,24 +23,27 @@ class Share:
     held_out: float
 
 
-def training_shares(data: DataOptions, replayed_by: tuple[str, ...] = ()) -> list[Share]:
-    """Sources of a run with their shares of the tokens, those that it replays included.
+def training_shares(data: DataOptions, stage: StageOptions | None = None, replayed_by: tuple[str, ...] = ()) -> list[Share]:
+    """Sources of a run with their shares of the tokens: those that it names, then those that it replays.
 
     Args:
         data: the data section.
+        stage: whose weights and share of replay count instead of those of ``data``; null: none.
         replayed_by: run directories on the way here, to notice a circle.
 
     Raises:
         ConfigError: a run directory to replay has no configuration, replays itself, or brings a name that is already there.
     """
-    new_share = 1.0 - (data.replay.share if data.replay else 0.0)
-    shares = _weighted(data.sources, new_share, data.validation_fraction)
+    stage = stage or StageOptions()
+    replay_share = data.replay.share if data.replay else 0.0
+    replay_share = replay_share if stage.replay_share is None else stage.replay_share
+    shares = _weighted(data.sources, 1.0 - replay_share, data.validation_fraction, stage.weights or {})
     if data.replay is None:
         return shares
     if data.replay.run is None:
-        shares += _weighted(data.replay.sources, data.replay.share, data.validation_fraction)
+        shares += _weighted(data.replay.sources, replay_share, data.validation_fraction, {})
     else:
-        shares += _replayed(data.replay.run, data.replay.share, data.validation_fraction, replayed_by)
+        shares += _replayed(data.replay.run, replay_share, data.validation_fraction, replayed_by)
     names = [share.source.name for share in shares]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -48,9 +53,9 @@ def training_shares(data: DataOptions, replayed_by: tuple[str, ...] = ()) -> lis
     return shares
 
 
-def _weighted(sources: list[SourceOptions], total: float, held_out: float) -> list[Share]:
-    weights = sum(source.weight for source in sources)
-    return [Share(source, total * source.weight / weights, held_out) for source in sources]
+def _weighted(sources: list[SourceOptions], total: float, held_out: float, changed: dict[str, float]) -> list[Share]:
+    weights = [changed.get(source.name, source.weight) for source in sources]
+    return [Share(source, total * weight / sum(weights), held_out) for source, weight in zip(sources, weights, strict=True)]
 
 
 def _replayed(run: str, share: float, held_out: float, replayed_by: tuple[str, ...]) -> list[Share]:
@@ -60,12 +65,31 @@ def _replayed(run: str, share: float, held_out: float, replayed_by: tuple[str, .
         raise ConfigError(f"data.replay.run: {run} replays itself")
     if not path.is_file():
         raise ConfigError(f"data.replay.run is {run!r}, where there is no {CONFIG_FILE}; accepted: the directory of an earlier run")
-    earlier = training_shares(load_config(path, []).data, (*replayed_by, str(path.resolve())))
+    earlier = training_shares(load_config(path, []).data, replayed_by=(*replayed_by, str(path.resolve())))
     return [Share(each.source, share * each.share, max(held_out, each.held_out)) for each in earlier]
 
 
 def build_mixture(config: RunConfig) -> Mixture:
     """The training mixture of a run. Raises ConfigError or DataError for sources that cannot be used."""
-    shares = training_shares(config.data)
-    corpora = [Corpus(each.source, each.held_out) for each in shares]
-    return Mixture(corpora, [each.share for each in shares], config.seed, config.data.sequence_length)
+    corpora = [Corpus(each.source, each.held_out) for each in training_shares(config.data)]
+    first, *later = build_stages(config.data, total_steps(config) * config.data.tokens_per_step)
+    return Mixture(corpora, first.shares, config.seed, first.sequence_length, later)
+
+
+def build_stages(data: DataOptions, budget: int) -> list[Stage]:
+    """The stages of a run of ``budget`` tokens; one if the options name none. Raises as ``training_shares``."""
+    stages, begin = [], 0
+    for options in data.stages or [StageOptions()]:
+        stages.append(Stage(begin, options.sequence_length or data.sequence_length, _shares(data, options)))
+        begin += options.tokens or round((options.share or 0.0) * budget)
+    return stages
+
+
+def _shares(data: DataOptions, stage: StageOptions) -> Shares:
+    """Shares of the sources in a stage, in the order of ``training_shares``."""
+    decay = data.replay.decay if data.replay else None
+    if decay is None or stage.replay_share is not None:
+        return ConstantShares.of([each.share for each in training_shares(data, stage)])
+    assert data.replay is not None, "it has a decay"
+    new, replayed = (tuple(each.share for each in training_shares(data, replace(stage, replay_share=share))) for share in (0.0, 1.0))
+    return FadingShares(new, replayed, Fade(data.replay.share, decay.to, decay.tokens, decay.shape))

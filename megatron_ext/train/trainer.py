@@ -26,6 +26,7 @@ from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.console import Console
 from megatron_ext.train.cost_correction import CostCorrection
 from megatron_ext.train.costs import cost_model
+from megatron_ext.train.data_events import DataWatch
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.metrics import MetricsWriter, length_histogram
@@ -68,6 +69,7 @@ class Trainer:
         self.correction = CostCorrection(self.cost)
         self.state_changes: list[str] = []
         self.resumed_from = self._resume()
+        self.data_watch = DataWatch(setup.mixture, self.config.data.repeats_warned_at)
         self.planner = self._build_planner()
         self.console = Console(self.world.is_main, self.total_steps)
         self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
@@ -146,6 +148,9 @@ class Trainer:
             self.correction.add(step_plan.plan, self.grid.dp.rank, self.planner.cost, self.engine.pack_seconds)
         self._check_rules(result)
         self._record(pieces, step_plan, result, factor, time.perf_counter() - begin)
+        for event in self.data_watch.look():
+            self.metrics.write("event", event=event.name, step=self.step, tokens=self.tokens, **event.fields)
+            self.console.say(f"step {self.step}: {event.message}")
         if reading is not None:
             self.metrics.write("probe", step=self.step, tokens=self.tokens, **reading.record)
             self.monitors.write([(name, value, self.step) for name, value in reading.events()])

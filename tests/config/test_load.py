@@ -32,7 +32,7 @@ def test_overrides_reach_every_kind_of_value(load: Load) -> None:
     assert config.optimizer.lr == 3e-4
     assert config.data.sources[0].weight == 2.0
     assert config.optimizer.betas == (0.8, 0.9)
-    assert dataclasses.asdict(config.data.replay) == {"share": 0.25, "run": "earlier", "sources": []}
+    assert dataclasses.asdict(config.data.replay) == {"share": 0.25, "run": "earlier", "sources": [], "decay": None}
 
 
 @pytest.mark.parametrize(
