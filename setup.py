@@ -78,5 +78,6 @@ setup(
             "ruff>=0.9,<1",
         ],
         "cuda": ["flash-attn>=2.7,<3"],
+        "eval": ["lm-eval>=0.4.8,<0.5"],
     },
 )

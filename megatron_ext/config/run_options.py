@@ -1,6 +1,8 @@
 """What a user can say about the run itself."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from megatron_ext.option_rules import require
@@ -44,19 +46,63 @@ class TrainOptions:
 
 
 @dataclass
+class NeedleOptions:
+    """Documents that hide a key with its value in validation text and end with the key: the value is due."""
+
+    lengths: list[int]
+    """Tokens of whole documents."""
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Shares of the text that stand before the needle, from 0 to 1."""
+    samples: int = 4
+    """Documents of each length and depth."""
+    every: int | None = None
+    """Steps between; before the first step and after the last in any case. null: whenever losses are evaluated."""
+    key_tokens: int = 4
+    """Tokens of a key."""
+    value_tokens: int = 4
+    """Tokens of a value."""
+    seed: int = 0
+    """Decides keys, values and where the text begins."""
+
+    def __post_init__(self) -> None:
+        words = 2 * (self.key_tokens + self.value_tokens)
+        require(
+            (bool(self.lengths) and _ascends(self.lengths), "lengths", self.lengths, "numbers of tokens, ascending"),
+            (bool(self.depths) and _ascends(self.depths), "depths", self.depths, "numbers from 0 to 1, ascending"),
+            (all(0 <= depth <= 1 for depth in self.depths), "depths", self.depths, "numbers from 0 to 1, ascending"),
+            (self.samples >= 1, "samples", self.samples, "at least 1"),
+            (self.every is None or self.every >= 1, "every", self.every, "a number of steps, at least 1, or null"),
+            (self.key_tokens >= 1, "key_tokens", self.key_tokens, "at least 1"),
+            (self.value_tokens >= 1, "value_tokens", self.value_tokens, "at least 1"),
+            (min(self.lengths, default=words) >= words, "lengths", self.lengths, f"at least {words}: twice a key and its value"),
+            (0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and less than 2**63"),
+        )
+
+
+@dataclass
 class EvaluationOptions:
-    """Loss on the validation corpora."""
+    """Loss on the validation corpora, and retrieval of needles from their text."""
 
     every: int | None = None
     """Evaluate every this many steps; null: only before the first and after the last step."""
     tokens: int = 65536
     """Most tokens of each validation corpus."""
+    position_buckets: list[int] = field(default_factory=lambda: [1024, 4096, 16384, 65536])
+    """Positions in a document at which the next bucket begins: losses are also told apart by bucket. Empty: they are not."""
+    needle: NeedleOptions | None = None
+    """Ask for hidden keys; null: not."""
 
     def __post_init__(self) -> None:
+        buckets = self.position_buckets
         require(
             (self.every is None or self.every >= 1, "every", self.every, "a number of steps, at least 1, or null"),
             (self.tokens >= 1, "tokens", self.tokens, "at least 1"),
+            (_ascends([0, *buckets]), "position_buckets", buckets, "positions from 1 up, ascending, or an empty list"),
         )
+
+
+def _ascends(numbers: Sequence[float]) -> bool:
+    return all(first < second for first, second in pairwise(numbers))
 
 
 @dataclass

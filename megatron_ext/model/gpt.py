@@ -1,5 +1,7 @@
 """The decoder: embedding, blocks, final norm and head, with the parameter names of Hugging Face's Llama."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +74,8 @@ class GPT(nn.Module):
         self.tp = tp or single()
         self.max_logits = max_logits
         self.precision: PrecisionState | None = None
+        self.observe_head: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
+        """Told by ``loss`` what it is computed from: the head's input, its matrix (this rank's rows), labels and weights."""
         self.stage = stage or whole_model(config.num_layers)
         self.model = Decoder(config, attention, recompute, self.tp, self.stage, max_logits)
         has_head = self.stage.is_last and not config.tie_embeddings
@@ -132,12 +136,17 @@ class GPT(nn.Module):
     def loss(self, x: Tensor, labels: Tensor, loss_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a pack from the residual stream after the last block; arguments and results as in ``forward``. Only on the last stage."""
         hidden, weight = self._head(x, len(labels))
+        if self.observe_head is not None:
+            self.observe_head(hidden, weight, labels, loss_weight)
         return linear_cross_entropy(hidden, weight, labels, loss_weight, self.tp.rows(self.config.vocab_size), self.tp.group)
 
-    def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """This rank's columns of the logits [T, V] in the model's dtype, on one stage; arguments as in ``forward``."""
+    def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, places: Tensor | None = None) -> Tensor:
+        """This rank's columns of the logits [T, V] in the model's dtype, on one stage; arguments as in ``forward``.
+
+        ``places``, int64 [n], are the tokens whose logits [n, V] are wanted, where activations are not divided by tokens; None: all.
+        """
         x = self.blocks(self.embed(tokens), self.context(positions, cu_seqlens, max_seqlen))
-        return F.linear(*self._head(x, len(tokens)))
+        return F.linear(*(self._head(x, len(tokens)) if places is None else self._head(x[places], len(places))))
 
     def forward(
         self,

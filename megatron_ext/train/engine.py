@@ -138,13 +138,11 @@ class Engine:
         """Seconds from the first pack of the last step to the end of the last one on this rank."""
         return self._passes.pack_seconds
 
-    def evaluate(self, packs: Packs) -> tuple[float, float]:
-        """Sum of the losses in nats of the packs of all ranks, and the number of their labelled tokens. ``packs`` as in ``step``."""
-        losses = LossSums(self._num_sources)
+    def evaluate(self, packs: Packs, losses: LossSums) -> torch.Tensor:
+        """Evaluate ``packs``, as in ``step``, into ``losses``; returns its values summed over all ranks, float64."""
         self._passes.evaluate(packs, losses)
         sums, _ = losses.over(self.grid, torch.zeros(0, dtype=torch.float64))
-        loss, tokens = sums.sum(1).tolist()
-        return loss, tokens
+        return sums
 
     def weight(self, name: str) -> torch.Tensor:
         """This rank's part of a parameter, in the dtype of the model. All data ranks ask for the same ones in turn."""

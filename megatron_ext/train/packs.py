@@ -1,6 +1,6 @@
 """The packs that a rank computes, read one at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,20 @@ class PlannedPacks:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         return (read_pack(pack, self.pieces, self.corpora, self.vocab_size, self.rank - pack.first_rank) for pack in self.packs)
+
+
+@dataclass(frozen=True)
+class ChangedPacks:
+    """Other packs, each changed when it is read."""
+
+    packs: Packs
+    change: Callable[[PackedBatch], PackedBatch]
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return map(self.change, self.packs)
 
 
 def sharing_of(batch: PackedBatch, grid: Grid) -> Sharing | None:

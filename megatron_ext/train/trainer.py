@@ -31,6 +31,7 @@ from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.metrics import MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
+from megatron_ext.train.needle_evaluation import NeedleEvaluation
 from megatron_ext.train.packs import PlannedPacks
 from megatron_ext.train.precision import switch_target
 from megatron_ext.train.probes import Reading, build_probes
@@ -71,6 +72,7 @@ class Trainer:
         self.resumed_from = self._resume()
         self.data_watch = DataWatch(setup.mixture, self.config.data.repeats_warned_at)
         self.planner = self._build_planner()
+        self.needles = self._build_needles()
         self.console = Console(self.world.is_main, self.total_steps)
         self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
         self.checkpoints = CheckpointWriter(
@@ -95,6 +97,10 @@ class Trainer:
         costs = self.correction.corrected(self.cost)
         return StepPlanner(settings, costs, self.grid, data, self.config.data.tokens_per_step, options.ahead)
 
+    def _build_needles(self) -> NeedleEvaluation | None:
+        options = self.config.evaluation.needle
+        return None if options is None else NeedleEvaluation(options, self.setup.validation, self.model, self.engine, self.planner)
+
     def train(self) -> None:
         """Run to the last step, or to the end of the step in which a stop was asked for; then save."""
         try:
@@ -109,11 +115,13 @@ class Trainer:
         saved = self.step
         if self.step == 0:
             self._evaluate()
+            self._find_needles()
         self.console.start_clock()
         while self.step < self.total_steps:
             stopping = self._train_step()
             if self._due(self.config.evaluation.every) or self.step == self.total_steps:
                 self._evaluate()
+            self._find_needles()
             if stopping or self._due(self.config.checkpoint.every) or self.step == self.total_steps:
                 self._save()
                 saved = self.step
@@ -219,7 +227,8 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _evaluate(self) -> None:
-        results = evaluate(self.engine, self.setup.validation, self.planner, self.setup.model.vocab_size)
+        buckets = self.config.evaluation.position_buckets
+        results = evaluate(self.engine, self.setup.validation, self.planner, self.setup.model.vocab_size, buckets)
         for each in results:
             self.metrics.write(
                 "eval",
@@ -229,11 +238,27 @@ class Trainer:
                 split=each.split,
                 loss=each.loss,
                 eval_tokens=each.tokens,
+                **({"by_position": [asdict(bucket) for bucket in each.by_position]} if buckets else {}),
             )
         self.monitors.write([(f"{each.split}/{each.source}", each.loss, self.step) for each in results])
         if results:
             losses = ", ".join(f"{each.source} {each.loss:.4f}" for each in results)
             self.console.say(f"step {self.step}: {results[0].split} loss {losses}")
+
+    def _find_needles(self) -> None:
+        """Ask for needles if it is the step for it."""
+        if self.needles is None:
+            return
+        options = self.config.evaluation
+        if not (self._due(options.needle.every or options.every) or self.step in (0, self.total_steps)):
+            return
+        result = self.needles.run()
+        self.metrics.write("needle", step=self.step, tokens=self.tokens, **asdict(result))
+        self.monitors.write(
+            [(f"needle/{length}", share, self.step) for length, share in zip(result.lengths, result.mean_exact, strict=True)]
+        )
+        found = ", ".join(f"{share:.0%} at {length:,}" for length, share in zip(result.lengths, result.mean_exact, strict=True))
+        self.console.say(f"step {self.step}: needles found {found} tokens")
 
     def _save(self) -> None:
         if self.config.planning.correct:

@@ -1,5 +1,6 @@
 """Evaluation by packs on many ranks against a plain computation over single documents by transformers."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from megatron_ext.parallel.world import World
 from megatron_ext.planning import CostModel
 from megatron_ext.planning.worker import PlanSettings
 from megatron_ext.train.engine import owner_engine
-from megatron_ext.train.evaluation import EvaluationResult, evaluate
+from megatron_ext.train.evaluation import EvaluationResult, evaluate, evaluate_alone
+from megatron_ext.train.evaluation_packs import evaluation_packs
 from megatron_ext.train.step_plans import StepPlanner
 from tests.distributed import RunRanks
 from tests.grids import data_grid, owner_optimizer
@@ -26,6 +28,7 @@ from tests.train.tiny_run import VOCAB, random_documents, write_corpus, write_ru
 
 CONFIG = ModelConfig(VOCAB, 16, 24, 2, 4, 2, 4, 64, init_std=0.3)
 SEQUENCE = 32
+BUCKETS = [3, 10, 40]
 
 
 def sets_at(folder: Path) -> list[ValidationSet]:
@@ -48,25 +51,37 @@ def evaluate_on(world: World, folder: Path, tokens_per_pack: int) -> list[Evalua
     settings = PlanSettings(world.size, "data_parallel")
     mixture = Mixture([each.corpus for each in sets], [1.0] * len(sets), 0, 100)
     planner = StepPlanner(settings, CostModel(tokens_per_pack), engine.grid, mixture, 100, ahead=0)
-    results = evaluate(engine, sets, planner, VOCAB)
+    results = evaluate(engine, sets, planner, VOCAB, BUCKETS)
     assert evaluate(engine, [], planner, VOCAB) == []
+    assert [each.loss for each in evaluate(engine, sets, planner, VOCAB)] == pytest.approx([each.loss for each in results], rel=1e-12)
     engine.close()
     assert all(parameter.grad is None for parameter in model.parameters())
     return results
 
 
 @torch.no_grad()
-def plainly(each: ValidationSet) -> tuple[float, int]:
-    """Mean token loss over the pieces of a set, one at a time."""
+def plainly(each: ValidationSet) -> list[list[float]]:
+    """Token losses over the pieces of a set, one at a time, by the bucket of their positions."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_to_hf(CONFIG, dtype="float32")))
     model.load_state_dict(model_of(1).state_dict())
-    total, tokens = 0.0, 0
+    losses: list[list[float]] = [[] for _ in range(len(BUCKETS) + 1)]
     for piece in each.pieces:
         ids = torch.from_numpy(each.corpus.dataset.tokens(piece.document)[piece.start : piece.stop + piece.has_next].astype("int64"))
         logits = model(input_ids=ids[None, : len(piece)]).logits[0, : len(ids) - 1]
-        total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
-        tokens += len(ids) - 1
-    return total / tokens, tokens
+        for position, loss in enumerate(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").tolist()):
+            losses[sum(position >= edge for edge in BUCKETS)].append(loss)
+    return losses
+
+
+def check(result: EvaluationResult, losses: list[list[float]]) -> None:
+    flat = [loss for bucket in losses for loss in bucket]
+    assert result.tokens == len(flat) and result.loss == pytest.approx(sum(flat) / len(flat), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(sum(flat) / len(flat)), rel=1e-4)
+    found = [(each.start, each.stop, each.tokens) for each in result.by_position]
+    assert found == [(0, 3, len(losses[0])), (3, 10, len(losses[1])), (10, 40, len(losses[2]))], "no position reaches the last bucket"
+    means = [sum(bucket) / len(bucket) for bucket in losses if bucket]
+    assert [each.loss for each in result.by_position] == pytest.approx(means, rel=1e-5)
+    assert max(means) - min(means) > 1e-2
 
 
 @pytest.mark.parametrize(("ranks", "tokens_per_pack"), [(1, 32), (2, 100)])
@@ -77,5 +92,14 @@ def test_equals_a_plain_computation(run_ranks: RunRanks, tmp_path: Path, ranks: 
     expected = [plainly(each) for each in sets_at(tmp_path)]
     for results in run_ranks(ranks, evaluate_on, tmp_path, tokens_per_pack):
         assert [(each.source, each.split) for each in results] == [("own", "validation"), ("train", "held_out")]
-        assert [each.tokens for each in results] == [tokens for _, tokens in expected]
-        assert [each.loss for each in results] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+        for result, losses in zip(results, expected, strict=True):
+            check(result, losses)
+
+
+def test_one_process_without_a_run_finds_the_same(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "own", random_documents(60, 100, seed=1))
+    [chosen] = validation_sets(
+        DataOptions([SourceOptions("unused", "unused")], SEQUENCE, 64, validation=[SourceOptions("own", str(tmp_path / "own"))]), [], 400
+    )
+    packs = evaluation_packs(str(tmp_path / "own"), tmp_path, SEQUENCE, 400, VOCAB)
+    check(evaluate_alone(model_of(1), "own", packs, BUCKETS), plainly(chosen))

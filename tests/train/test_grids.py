@@ -24,6 +24,7 @@ from megatron_ext.precision.options import PrecisionOptions
 from megatron_ext.precision.recipe import Recipe
 from megatron_ext.precision.state import PrecisionState
 from megatron_ext.train.engine import owner_engine
+from megatron_ext.train.losses import LossSums
 from tests.distributed import RunRanks
 from tests.grids import everywhere
 from tests.train.tiny_run import write_run
@@ -112,7 +113,7 @@ def train_on(world: World, config: str, case: Case, dtype: torch.dtype, clip: fl
     mine = packs()[grid.dp.rank :: grid.shape.dp]
     results = [engine.step(mine, loss_tokens(), torch.zeros(0, dtype=torch.float64)) for _ in range(STEPS)]
     optimizer.check_replicas()
-    loss, tokens = engine.evaluate(mine)
+    (loss,), (tokens,) = engine.evaluate(mine, LossSums(1)).tolist()
     engine.close()
     gradients = [
         (o.part.name, o.part.box, g)

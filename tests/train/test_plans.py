@@ -23,6 +23,7 @@ from megatron_ext.planning import CostModel, Pack, Plan, Slice
 from megatron_ext.planning.cost_model import AttentionShape
 from megatron_ext.train import packs as packs_module
 from megatron_ext.train.engine import Engine, owner_engine
+from megatron_ext.train.losses import LossSums
 from megatron_ext.train.packs import PlannedPacks
 from tests.distributed import RunRanks
 from tests.grids import everywhere
@@ -94,7 +95,7 @@ def train_by_plans(world: World, config: str, case: Case, dtype: torch.dtype, pl
     flags = torch.zeros(0, dtype=torch.float64)
     results = [engine.step(packs_of(engine, plan, Tokens(seed)), sum(LENGTHS), flags) for seed, plan in enumerate(plans)]
     optimizer.check_replicas()
-    evaluated, _ = engine.evaluate(packs_of(engine, plans[-1], Tokens()))
+    (evaluated,), _ = engine.evaluate(packs_of(engine, plans[-1], Tokens()), LossSums(1)).tolist()
     engine.close()
     gradients = [
         (o.part.name, o.part.box, g)
