@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(THREADS) find(const Job<T> job) {
         int32_t largest = 0;
         for (int item = threadIdx.x; item < HEIGHT * BLOCKS; item += THREADS) {
             float v[BLOCK];
-            load_row_block(shared.tile, item / BLOCKS, item % BLOCKS, v);
-            transform<T>(job.row_signs, v);
+            load_row<BLOCK>(shared.tile, item / BLOCKS, item % BLOCKS * BLOCK, v);
+            signed_transform<T>(job.row_signs, NORM, v);
             largest = larger(largest, block_magnitude(v));
         }
         atomicMax(&shared.of_rows, largest);
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(THREADS) find(const Job<T> job) {
     if (job.column_amax != nullptr) {
         float v[2][BLOCK];
         load_column_blocks(shared.tile, threadIdx.x / (WIDTH / 2), threadIdx.x % (WIDTH / 2) * 2, v);
-        transform<T>(job.column_signs, v[0]);
-        transform<T>(job.column_signs, v[1]);
+        signed_transform<T>(job.column_signs, NORM, v[0]);
+        signed_transform<T>(job.column_signs, NORM, v[1]);
         atomicMax(&shared.of_columns, larger(block_magnitude(v[0]), block_magnitude(v[1])));
     }
     __syncthreads();

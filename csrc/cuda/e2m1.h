@@ -1,12 +1,21 @@
-// E2M1 codes of 16 values in registers: what NVFP4 and MXFP4 share.
+// What NVFP4 and MXFP4 share: their job, and E2M1 codes of 16 values in registers.
 
 #pragma once
 
-#include "launch.h"
 #include "minifloat.h"
 #include "philox.h"
+#include "tile.h"
 
 namespace e2m1 {
+
+template <typename T, typename Output>
+struct Job {
+    Matrix<T> x;
+    bool square;
+    uint64_t seed;
+    int64_t first_row, first_column;  // of x in the whole matrix
+    Output rows, columns;
+};
 
 constexpr int PLACE = 16;  // values that take their random bits together
 

@@ -4,6 +4,7 @@
 // given. "Lines" are rows for the output of rows and columns for that of columns; a line of a tile has four parts of 32 values. Along rows
 // a warp treats a row, across them a thread treats a part of two neighbouring columns.
 
+#include "block.h"
 #include "fp8.h"
 #include "tile.h"
 
@@ -30,12 +31,6 @@ struct Shared {
     uint32_t words[SIDE][SIDE / 4 + 1];  // four codes each, of columns
     int32_t square;                      // largest magnitude
 };
-
-struct Place {
-    int64_t row, column;
-};
-
-inline int64_t blocks_of(int64_t values, int64_t width) { return (values + width - 1) / width; }
 
 template <typename T>
 DEVICE void find_rows(Shared<T>& shared) {

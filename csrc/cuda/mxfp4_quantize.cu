@@ -3,14 +3,14 @@
 // A block of threads takes a tile of 128 x 64. Each thread treats one block of 32 values along rows, then one of a column; codes of columns
 // are gathered in shared memory, so that whole sectors are written.
 
-#include "butterflies.h"
+#include "block.h"
 #include "e2m1.h"
 #include "mxfp4.h"
-#include "tile.h"
 
 namespace {
 
 constexpr int BLOCK = mxfp4::BLOCK, THREADS = 256, HEIGHT = 128, WIDTH = 64, PANELS = HEIGHT / BLOCK, BLOCKS = WIDTH / BLOCK;
+constexpr float NORM = 0.17677669529663687f;  // 1 / sqrt(32)
 static_assert(HEIGHT * BLOCKS == THREADS && PANELS * WIDTH == THREADS, "a block along rows and one of a column for every thread");
 
 struct Output {
@@ -21,13 +21,7 @@ struct Output {
 };
 
 template <typename T>
-struct Job {
-    Matrix<T> x;
-    bool square;
-    uint64_t seed;
-    int64_t first_row, first_column;  // of x in the whole matrix
-    Output rows, columns;
-};
+using Job = e2m1::Job<T, Output>;
 
 template <typename T>
 struct Shared {
@@ -36,29 +30,6 @@ struct Shared {
     uint8_t scales[WIDTH][PANELS];
     int32_t magnitudes[PANELS][BLOCKS];  // of squares
 };
-
-// Where a tile begins.
-struct Place {
-    int64_t row, column;
-};
-
-// y = H (signs * x) / sqrt(32), rounded to T. Nothing happens if `signs` is null.
-template <typename T>
-DEVICE void transform(const float* signs, float* v) {
-    if (signs == nullptr) return;
-    UNROLL
-    for (int i = 0; i < BLOCK; ++i) v[i] *= signs[i];
-    butterflies<BLOCK>(v);
-    UNROLL
-    for (int i = 0; i < BLOCK; ++i) v[i] = rounded_to<T>(v[i] * 0.17677669529663687f);
-}
-
-DEVICE int32_t block_magnitude(const float* v) {
-    int32_t largest = 0;
-    UNROLL
-    for (int i = 0; i < BLOCK; ++i) largest = larger(largest, magnitude_of(v[i]));
-    return largest;
-}
 
 template <bool STOCHASTIC>
 DEVICE uint4 encode(const float* v, int32_t scale, uint64_t seed, uint32_t stream, int64_t row, int64_t place) {
@@ -69,18 +40,11 @@ DEVICE uint4 encode(const float* v, int32_t scale, uint64_t seed, uint32_t strea
 }
 
 template <typename T>
-DEVICE void load_row_block(const Tile<T, HEIGHT, WIDTH>& tile, int row, int block, float* v) {
-    constexpr int PER = Tile<T, HEIGHT, WIDTH>::PER;
-    UNROLL
-    for (int i = 0; i < BLOCK; i += PER) load_floats<PER>(&tile.values[row][block * BLOCK + i], v + i);
-}
-
-template <typename T>
 DEVICE void find_squares(Shared<T>& shared) {
     if (threadIdx.x < PANELS * BLOCKS) shared.magnitudes[threadIdx.x / BLOCKS][threadIdx.x % BLOCKS] = 0;
     __syncthreads();
     float v[BLOCK];
-    load_row_block(shared.tile, threadIdx.x / BLOCKS, threadIdx.x % BLOCKS, v);
+    load_row<BLOCK>(shared.tile, threadIdx.x / BLOCKS, threadIdx.x % BLOCKS * BLOCK, v);
     atomicMax(&shared.magnitudes[threadIdx.x / BLOCKS / BLOCK][threadIdx.x % BLOCKS], block_magnitude(v));
     __syncthreads();
 }
@@ -91,8 +55,8 @@ DEVICE void quantize_rows(const Job<T>& job, const Place& place, Shared<T>& shar
     const int64_t row = place.row + r, column = place.column + b * BLOCK, at = row * job.rows.across + column / BLOCK;
     if (row >= job.x.rows || column >= job.x.columns) return;
     float v[BLOCK];
-    load_row_block(shared.tile, r, b, v);
-    transform<T>(job.rows.signs, v);
+    load_row<BLOCK>(shared.tile, r, b * BLOCK, v);
+    signed_transform<T>(job.rows.signs, NORM, v);
     const int32_t magnitude = job.square ? shared.magnitudes[r / BLOCK][b] : block_magnitude(v);
     const int32_t scale = mxfp4::block_scale(float_of<float>(magnitude));
     reinterpret_cast<uint4*>(job.rows.codes)[at] = encode<STOCHASTIC>(v, scale, job.seed, job.rows.stream, job.first_row + row,
@@ -107,7 +71,7 @@ DEVICE void quantize_columns(const Job<T>& job, const Place& place, Shared<T>& s
     float v[BLOCK];
     UNROLL
     for (int i = 0; i < BLOCK; ++i) v[i] = value_of(shared.tile.values[p * BLOCK + i][c]);
-    transform<T>(job.columns.signs, v);
+    signed_transform<T>(job.columns.signs, NORM, v);
     const int32_t magnitude = job.square ? shared.magnitudes[p][c / BLOCK] : block_magnitude(v);
     const int32_t scale = mxfp4::block_scale(float_of<float>(magnitude));
     shared.codes[c][p] = encode<STOCHASTIC>(v, scale, job.seed, job.columns.stream, job.first_column + place.column + c,
@@ -139,8 +103,6 @@ __global__ void __launch_bounds__(THREADS, 2) quantize(const Job<T> job) {
     __syncthreads();
     store_columns(job, place, shared);
 }
-
-int64_t blocks_of(int64_t values, int64_t width) { return (values + width - 1) / width; }
 
 }  // namespace
 

@@ -19,13 +19,7 @@ struct Output {
 };
 
 template <typename T>
-struct Job {
-    Matrix<T> x;
-    bool square;
-    uint64_t seed;
-    int64_t first_row, first_column;  // of x in the whole matrix
-    Output rows, columns;
-};
+using Job = e2m1::Job<T, Output>;
 
 template <typename T>
 struct Shared {
@@ -36,18 +30,13 @@ struct Shared {
     int32_t magnitudes[STRIPS][BLOCKS];      // of squares
 };
 
-// Where a tile begins.
-struct Place {
-    int64_t row, column;
-};
-
 template <typename T>
 DEVICE void find_squares(Shared<T>& shared) {
     if (threadIdx.x < STRIPS * BLOCKS) shared.magnitudes[threadIdx.x / BLOCKS][threadIdx.x % BLOCKS] = 0;
     __syncthreads();
     for (int item = threadIdx.x; item < HEIGHT * BLOCKS; item += THREADS) {
         float v[BLOCK];
-        load_row_block(shared.tile, item / BLOCKS, item % BLOCKS, v);
+        load_row<BLOCK>(shared.tile, item / BLOCKS, item % BLOCKS * BLOCK, v);
         atomicMax(&shared.magnitudes[item / BLOCKS / BLOCK][item % BLOCKS], block_magnitude(v));
     }
     __syncthreads();
@@ -62,8 +51,8 @@ DEVICE void quantize_rows(const Job<T>& job, const Place& place, Shared<T>& shar
         const int r = item / BLOCKS, b = item % BLOCKS;
         const int64_t row = place.row + r;
         float v[BLOCK];
-        load_row_block(shared.tile, r, b, v);
-        transform<T>(job.rows.signs, v);
+        load_row<BLOCK>(shared.tile, r, b * BLOCK, v);
+        signed_transform<T>(job.rows.signs, NORM, v);
         const int32_t magnitude = job.square ? shared.magnitudes[r / BLOCK][b] : block_magnitude(v);
         const int32_t scale = block_scale(float_of<float>(magnitude), scale_of_tensor);
         const float factor = encoding_factor<float>(scale, scale_of_tensor);
@@ -85,7 +74,7 @@ DEVICE void quantize_columns(const Job<T>& job, const Place& place, Shared<T>& s
     load_column_blocks(shared.tile, s, c, v);
     UNROLL
     for (int k = 0; k < 2; ++k) {
-        transform<T>(job.columns.signs, v[k]);
+        signed_transform<T>(job.columns.signs, NORM, v[k]);
         const int32_t scale = block_scale(float_of<float>(block_magnitude(v[k])), scale_of_tensor);
         const float factor = encoding_factor<float>(scale, scale_of_tensor);
         shared.codes[c + k][s] = e2m1::encode<STOCHASTIC>(v[k], factor, job.seed, COLUMN_STREAM, job.first_column + place.column + c + k,

@@ -24,6 +24,19 @@ struct Tile {
     alignas(16) T values[ROWS][COLUMNS + PER];
 };
 
+// Where a tile begins.
+struct Place {
+    int64_t row, column;
+};
+
+// COUNT neighbouring values of a row.
+template <int COUNT, typename T, int ROWS, int COLUMNS>
+DEVICE void load_row(const Tile<T, ROWS, COLUMNS>& tile, int row, int column, float* v) {
+    constexpr int PER = Tile<T, ROWS, COLUMNS>::PER;
+    UNROLL
+    for (int i = 0; i < COUNT; i += PER) load_floats<PER>(&tile.values[row][column + i], v + i);
+}
+
 // Loads the tile that begins at `row`, `column`, filled up with zeros. All threads of a block of THREADS take part.
 template <int THREADS, typename T, int ROWS, int COLUMNS>
 DEVICE void load_tile(const Matrix<T>& x, int64_t row, int64_t column, Tile<T, ROWS, COLUMNS>& tile) {

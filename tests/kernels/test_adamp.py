@@ -1,10 +1,5 @@
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +8,7 @@ from torch import Tensor
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.adamp import AdamUpdate, adamp_moments, adamp_speculate, adamp_step, adamp_update
 from megatron_ext.kernels.projection import as_rows
+from tests.kernels.triton_programs import run_program
 
 SHAPES = [(5, 3), (64, 100), (3, 1025), (2, 16385), (1, 40000), (8, 3, 3, 3), (17, 16), (300, 1), (33,), (40000,), (), (1, 1)]
 """Odd ones, and ones on both sides of the kernel's 16 lanes, blocks of 1024 and tiles of 16384."""
@@ -258,14 +254,7 @@ def check_strides_and_versions_in_triton() -> None:
     "check", [check_step_in_triton, check_parts_in_triton, check_strides_and_versions_in_triton], ids=lambda check: check.__name__
 )
 def test_triton_twin_in_the_interpreter(check: Callable[[], None]) -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    program = f"from tests.kernels.test_adamp import {check.__name__}; {check.__name__}()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_program(check, interpret=True)
 
 
 @pytest.mark.gpu

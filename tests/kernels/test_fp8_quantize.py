@@ -12,37 +12,14 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.kernels.fp8_quantize import BLOCKS, fp8_dequantize, fp8_quantize, fp8_quantize_both
 from megatron_ext.kernels.minifloat import LARGEST
 from megatron_ext.kernels.quantized import FP8Tensor
+from tests.kernels.backends import native_backends, on, uneven_matrix
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SHAPES = [(1, 1), (16, 32), (3, 130), (130, 3), (33, 70), (129, 257), (0, 5), (5, 0)]
 """Odd ones, and ones on both sides of parts of 32 values and of tiles of 128 rows and columns."""
 
 
-def runs_here(backend: str) -> bool:
-    try:
-        fp8_quantize(torch.ones(1, 1), backend=backend)
-    except ConfigError:
-        return False
-    return True
-
-
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(not runs_here(name), reason=f"{name}: this machine cannot run it"))
-    for name in ("cpu-portable", "cpu-avx2", "cpu-avx512")
-] + [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: there is no GPU"))]
-
-
-def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Rows of scales from 1e-6 to 1e3, with rows, columns and blocks of zeros."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-6, 3, max(rows, 1))[:rows, None]
-    x[7:9] = 0
-    x[:, 5:6] = 0
-    x[32:64, 32:64] = 0
-    return x.to(dtype)
-
-
-def on(x: Tensor, backend: str) -> Tensor:
-    return x.to("cuda" if backend == "cuda" else "cpu")
+BACKENDS = native_backends(lambda backend: fp8_quantize(torch.ones(1, 1), backend=backend))
 
 
 def parts(quantized: FP8Tensor) -> list[Tensor]:
@@ -71,7 +48,7 @@ def both(x: Tensor, **way: object) -> tuple[FP8Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backends_have_the_bits_of_the_definition(backend: str, dtype: torch.dtype) -> None:
     for shape, way in itertools.product(SHAPES, ways()):
-        x = matrix(*shape, dtype)
+        x = uneven_matrix(*shape, dtype)
         for given in ({}, {"amax": torch.tensor(3.5), "column_amax": torch.tensor(2.5)}):
             expected = fp8_quantize_both(x, **way, **given, backend="torch")
             for threads in (1, 3) if shape == (129, 257) else (1,):
@@ -104,7 +81,7 @@ def test_a_million_values_have_the_bits_of_the_definition(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dequantized_bits_are_those_of_the_definition(backend: str) -> None:
     for shape, way in itertools.product(SHAPES, ways()):
-        x = matrix(*shape)
+        x = uneven_matrix(*shape)
         if x.numel() > 100:
             x[2, 1], x[1, 2] = math.nan, math.inf
         for quantized, dtype in itertools.product(both(x, **way, backend="torch"), (torch.float32, torch.bfloat16)):
@@ -130,7 +107,7 @@ def test_definition_is_that_of_other_casts(dtype: torch.dtype) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     theirs = getattr(ml_dtypes, str(dtype).removeprefix("torch."))
     largest = numpy.float32(ml_dtypes.finfo(theirs).max)
-    x = matrix(256, 384).numpy() + numpy.float32(1e-9)
+    x = uneven_matrix(256, 384).numpy() + numpy.float32(1e-9)
     for scaling, (height, width) in BLOCKS.items():
         height, width = height or 256, width or 384
         blocks = x.reshape(256 // height, height, 384 // width, width)
@@ -149,7 +126,7 @@ def test_definition_is_that_of_other_casts(dtype: torch.dtype) -> None:
 
 
 def test_columns_are_the_rows_of_the_transpose() -> None:
-    x = matrix(70, 150)
+    x = uneven_matrix(70, 150)
     for way in ways():
         rows, columns = fp8_quantize_both(x, **way)
         assert equal(rows, fp8_quantize(x, **way)) and equal(columns, fp8_quantize(x.T, **way)), way
@@ -201,7 +178,7 @@ def test_zeros_and_what_is_not_finite() -> None:
 
 
 def test_amax_of_a_whole_of_which_this_is_a_part() -> None:
-    x = matrix(256, 384)
+    x = uneven_matrix(256, 384)
     for way in ways():
         whole, columns = fp8_quantize_both(x, **way)
         part = fp8_quantize(x[128:], **way, amax=whole.amax[128 // whole.block[0] :] if whole.block[0] < 256 else whole.amax)
@@ -232,5 +209,5 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(lambda x: fp8_quantize(x, scaling="1x128").codes, backend="eager", fullgraph=True)
-    x = matrix(32, 48)
+    x = uneven_matrix(32, 48)
     assert torch.equal(compiled(x), fp8_quantize(x, scaling="1x128").codes)

@@ -10,22 +10,12 @@ from torch import Tensor
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels import hadamard_transform
 from megatron_ext.kernels.hadamard import hadamard_matrix, kronecker_transform, split_order
+from tests.kernels.backends import native_backends, on
 
 ORDERS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 12, 20, 28, 24, 40, 56, 48, 160, 448, 3 * 512]
 
 
-def runs_here(backend: str) -> bool:
-    try:
-        hadamard_transform(torch.ones(1, 1), backend=backend)
-    except ConfigError:
-        return False
-    return True
-
-
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(not runs_here(name), reason=f"{name}: this machine cannot run it"))
-    for name in ("cpu-portable", "cpu-avx2", "cpu-avx512")
-] + [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: there is no GPU"))]
+BACKENDS = native_backends(lambda backend: hadamard_transform(torch.ones(1, 1), backend=backend))
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,7 +61,7 @@ def test_backends_have_the_bits_of_the_definition(backend: str, dtype: torch.dty
     for order, rows in itertools.product(ORDERS, (1, 7)):
         x = random(rows, order, dtype=dtype)
         for signs in (None, random(order, seed=2).sign()):
-            mine = hadamard_transform(x.to("cuda" if backend == "cuda" else "cpu"), order**-0.5, signs, backend=backend, threads=2)
+            mine = hadamard_transform(on(x, backend), order**-0.5, signs, backend=backend, threads=2)
             assert same_bits(mine, hadamard_transform(x, order**-0.5, signs, backend="torch")), (order, rows)
     x = random(4, 64, dtype=dtype)
     assert not same_bits(hadamard_transform(x, 0.125), hadamard_transform(x.flip(1), 0.125, backend="torch"))
@@ -81,7 +71,7 @@ def test_backends_have_the_bits_of_the_definition(backend: str, dtype: torch.dty
 def test_large_orders(backend: str) -> None:
     for order in (32768, 28 * 1024, 20 * 1024, 12 * 2048):
         x = random(2, order)
-        mine = hadamard_transform(x.to("cuda" if backend == "cuda" else "cpu"), order**-0.5, backend=backend)
+        mine = hadamard_transform(on(x, backend), order**-0.5, backend=backend)
         assert same_bits(mine, hadamard_transform(x, order**-0.5, backend="torch"))
         assert math.isclose(float(mine.norm()), float(x.norm()), rel_tol=1e-5), "lengths are kept"
 

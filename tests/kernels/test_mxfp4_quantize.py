@@ -13,37 +13,14 @@ from megatron_ext.kernels.hadamard import hadamard_transform
 from megatron_ext.kernels.minifloat import unpack_nibbles
 from megatron_ext.kernels.mxfp4_quantize import mxfp4_dequantize, mxfp4_quantize, mxfp4_quantize_both
 from megatron_ext.kernels.quantized import MXFP4Tensor
+from tests.kernels.backends import native_backends, on, uneven_matrix
 
 SIGNS = torch.randint(0, 2, (32,), generator=torch.Generator().manual_seed(5)).float() * 2 - 1
 SHAPES = [(1, 1), (32, 32), (3, 130), (130, 3), (33, 70), (129, 257), (0, 5), (5, 0)]
 """Odd ones, and ones on both sides of strips of 16 rows, tiles of 128 rows and columns, and blocks of 32."""
 
 
-def runs_here(backend: str) -> bool:
-    try:
-        mxfp4_quantize(torch.ones(1, 1), backend=backend)
-    except ConfigError:
-        return False
-    return True
-
-
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(not runs_here(name), reason=f"{name}: this machine cannot run it"))
-    for name in ("cpu-portable", "cpu-avx2", "cpu-avx512")
-] + [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: there is no GPU"))]
-
-
-def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of scales from 1e-6 to 1e3, with rows, columns and blocks of zeros."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, max(rows, 1))[:rows, None]
-    x[7:9] = 0
-    x[:, 5:6] = 0
-    x[32:64, 32:64] = 0
-    return x.to(dtype)
-
-
-def on(x: Tensor, backend: str) -> Tensor:
-    return x.to("cuda" if backend == "cuda" else "cpu")
+BACKENDS = native_backends(lambda backend: mxfp4_quantize(torch.ones(1, 1), backend=backend))
 
 
 def equal(mine: MXFP4Tensor, expected: MXFP4Tensor) -> bool:
@@ -68,7 +45,7 @@ def three(x: Tensor, way: dict[str, object], **others: object) -> tuple[MXFP4Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backends_have_the_bits_of_the_definition(backend: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
-        x = matrix(*shape, dtype)
+        x = uneven_matrix(*shape, dtype)
         for way in ways():
             expected = three(x, way, offset=(64, 32), backend="torch")
             for threads in (1, 3):
@@ -97,7 +74,7 @@ def test_a_million_values_have_the_bits_of_the_definition(backend: str) -> None:
 def test_definition_is_that_of_ml_dtypes() -> None:
     numpy = pytest.importorskip("numpy", reason="numpy is not installed")
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
-    x = matrix(40, 128).numpy()
+    x = uneven_matrix(40, 128).numpy()
     blocks = x.reshape(40, 4, 32)
     amax = numpy.abs(blocks).max(-1)
     powers = numpy.exp2(numpy.ceil(numpy.log2(numpy.maximum(amax.astype(numpy.float64) / 6, 2.0**-127)))).astype(numpy.float32)
@@ -111,7 +88,7 @@ def test_definition_is_that_of_ml_dtypes() -> None:
 
 
 def test_columns_are_the_rows_of_the_transpose() -> None:
-    x = matrix(70, 150)
+    x = uneven_matrix(70, 150)
     for way in ways():
         signs = way.pop("signs")
         _, columns = mxfp4_quantize_both(x, **way, column_signs=signs, offset=(32, 64))
@@ -123,16 +100,16 @@ def test_columns_are_the_rows_of_the_transpose() -> None:
 
 def test_squares_share_codes_between_rows_and_columns() -> None:
     for shape in ((64, 96), (33, 70), (1, 5)):
-        rows, columns = mxfp4_quantize_both(matrix(*shape), square=True)
+        rows, columns = mxfp4_quantize_both(uneven_matrix(*shape), square=True)
         cut = [mxfp4_dequantize(each, torch.float32)[: each.shape[0], : each.shape[1]] for each in (rows, columns)]
         assert torch.equal(cut[1], cut[0].T) and torch.equal(columns.scales, rows.scales.T)
-    rows, columns = mxfp4_quantize_both(matrix(64, 96))
+    rows, columns = mxfp4_quantize_both(uneven_matrix(64, 96))
     assert not torch.equal(mxfp4_dequantize(columns), mxfp4_dequantize(rows).T), "rows of 32 do not"
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
-    x = matrix(40, 64)
+    x = uneven_matrix(40, 64)
     x[4, 40] = bad
     for square in (False, True):
         quantized = mxfp4_quantize(x, square=square)
@@ -173,5 +150,5 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(lambda x: mxfp4_quantize(x).codes, backend="eager", fullgraph=True)
-    x = matrix(32, 64)
+    x = uneven_matrix(32, 64)
     assert torch.equal(compiled(x), mxfp4_quantize(x).codes)

@@ -1,10 +1,6 @@
 """Newton-Schulz against its definition: the polynomials applied to singular values in float64."""
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels import newton_schulz
 from megatron_ext.kernels.newton_schulz import COEFFICIENTS, JORDAN, polynomial, select_backend, select_polynomials
+from tests.kernels.triton_programs import run_program
 
 SHAPES = [(8, 8), (5, 20), (20, 5), (3, 6, 13), (2, 2, 9, 4), (1, 7), (7, 1), (1, 1), (4, 1, 6)]
 EXPLICIT = [(2.0, -1.5, 0.5), [(3.0, -3.0, 1.0), (2.0, -1.5, 0.5)]]
@@ -228,14 +225,7 @@ def check_triton_backend() -> None:
 
 @pytest.mark.parametrize("check", [check_symmetric_products, check_triton_backend], ids=lambda check: check.__name__)
 def test_triton_twin_in_the_interpreter(check: object) -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    program = f"from tests.kernels.test_newton_schulz import {check.__name__}; {check.__name__}()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_program(check, interpret=True)
 
 
 @pytest.mark.gpu

@@ -3,9 +3,7 @@
 import ctypes
 import importlib
 import itertools
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from megatron_ext.errors import ConfigError
 from megatron_ext.kernels import build, native
 from megatron_ext.kernels.norm import rms_norm, select_backend, ss_norm
+from tests.kernels.triton_programs import compiled, run_program
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.bfloat16]
@@ -338,7 +337,6 @@ def triton_in_the_interpreter() -> None:
 
 def triton_compiled() -> None:
     """For GPUs that are not here: bfloat16 is rounded by the instruction, roots and divisions are true ones."""
-    compiler, target = importlib.import_module("triton.compiler"), importlib.import_module("triton.backends.compiler").GPUTarget
     module = importlib.import_module("megatron_ext.csrc.triton.norm")
     sizes = dict.fromkeys(("rows", "width", "x_stride", "residual_stride", "grad_stride", "grad_sum_stride", "tiles"), "i32")
     floats = dict.fromkeys(("weight", "inverse_rms", "parts"), "*fp32") | {"eps": "fp32"}
@@ -346,25 +344,17 @@ def triton_compiled() -> None:
     flags = {"HAS_RESIDUAL": True, "HAS_GRAD_SUM": True, "WITH_WEIGHT": True, "HEIGHT": 2, "WIDTH": 1024, "BY_BITS": False}
     kernels = (module._normalize_kernel, module._differentiate_kernel)
     for (architecture, one_gain), kernel in itertools.product(((80, False), (90, True), (100, False)), kernels):
-        constants = {name: value for name, value in (flags | {"ONE_GAIN": one_gain}).items() if name in kernel.arg_names}
-        types = {name: (sizes | floats | halves | dict.fromkeys(constants, "constexpr"))[name] for name in kernel.arg_names}
-        source = compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-        built = compiler.compile(source, target=target("cuda", architecture, 32), options={"enable_fp_fusion": False, "num_warps": 4})
-        ptx = built.asm["ptx"]
-        assert "cvt.rn.bf16" in ptx and "div.rn.f32" in ptx and "approx" not in ptx and built.asm["cubin"], (architecture, kernel)
+        types = sizes | floats | halves
+        built = compiled(kernel, architecture, types, flags | {"ONE_GAIN": one_gain}, num_warps=4)
+        ptx = built["ptx"]
+        assert "cvt.rn.bf16" in ptx and "div.rn.f32" in ptx and "approx" not in ptx and built["cubin"], (architecture, kernel)
 
 
 @pytest.mark.parametrize(
-    ("program", "interpret"), [(triton_in_the_interpreter, "1"), (triton_compiled, "0")], ids=lambda x: getattr(x, "__name__", x)
+    ("program", "interpret"), [(triton_in_the_interpreter, True), (triton_compiled, False)], ids=lambda x: getattr(x, "__name__", x)
 )
-def test_triton_without_a_gpu(program: Callable[[], None], interpret: str) -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"from tests.kernels.test_norm import {program.__name__}; {program.__name__}()"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_triton_without_a_gpu(program: Callable[[], None], interpret: bool) -> None:
+    run_program(program, interpret=interpret)
 
 
 @pytest.mark.gpu

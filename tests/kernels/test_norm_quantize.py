@@ -3,9 +3,7 @@
 import ctypes
 import importlib
 import itertools
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from megatron_ext.kernels import build, fp8_quantize, native, nvfp4_quantize
 from megatron_ext.kernels.norm import rms_norm
 from megatron_ext.kernels.norm_quantize import rms_norm_quantize
 from megatron_ext.kernels.quantized import FP8Tensor, NVFP4Tensor
+from tests.kernels.triton_programs import compiled, run_program
 
 
 def runs_here(backend: str) -> bool:
@@ -159,30 +158,20 @@ def triton_in_the_interpreter() -> None:
 
 def triton_compiled() -> None:
     """For GPUs that are not here."""
-    compiler, target = importlib.import_module("triton.compiler"), importlib.import_module("triton.backends.compiler").GPUTarget
     module = importlib.import_module("megatron_ext.csrc.triton.norm_quantize")
     types = dict.fromkeys(("x", "residual", "total"), "*bf16") | dict.fromkeys(("weight", "amax"), "*fp32") | {"codes": "*u8"}
     types |= dict.fromkeys(("rows", "width", "x_stride", "residual_stride"), "i32") | {"eps": "fp32"}
     constants = {"POWER_OF_TWO": False, "HAS_RESIDUAL": True, "ONE_GAIN": False, "HEIGHT": 2, "WIDTH": 1024, "BY_BITS": False}
-    types |= dict.fromkeys(constants, "constexpr")
     for architecture, (kernel, scales) in itertools.product((80, 90, 100), ((module._fp8_kernel, "*fp32"), (module._nvfp4_kernel, "*u8"))):
-        signature = {name: {**types, "scales": scales}[name] for name in kernel.arg_names}
-        source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        built = compiler.compile(source, target=target("cuda", architecture, 32), options={"enable_fp_fusion": False, "num_warps": 4})
-        assert ".ftz" not in built.asm["ptx"] and "fma.rn.f32" not in built.asm["ptx"] and built.asm["cubin"], (architecture, kernel)
+        built = compiled(kernel, architecture, types | {"scales": scales}, constants, num_warps=4)
+        assert ".ftz" not in built["ptx"] and "fma.rn.f32" not in built["ptx"] and built["cubin"], (architecture, kernel)
 
 
 @pytest.mark.parametrize(
-    ("program", "interpret"), [(triton_in_the_interpreter, "1"), (triton_compiled, "0")], ids=lambda x: getattr(x, "__name__", x)
+    ("program", "interpret"), [(triton_in_the_interpreter, True), (triton_compiled, False)], ids=lambda x: getattr(x, "__name__", x)
 )
-def test_triton_without_a_gpu(program: Callable[[], None], interpret: str) -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"from tests.kernels.test_norm_quantize import {program.__name__}; {program.__name__}()"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_triton_without_a_gpu(program: Callable[[], None], interpret: bool) -> None:
+    run_program(program, interpret=interpret)
 
 
 @pytest.mark.gpu

@@ -1,12 +1,8 @@
 """NVFP4 products have the bits of float64 where sums are exact, on every backend, and the error of float32 sums where they are not."""
 
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from megatron_ext.kernels import nvfp4_dequantize, nvfp4_gemm, nvfp4_quantize
 from megatron_ext.kernels.nvfp4_gemm import FEW_ROWS, select_backend
 from megatron_ext.kernels.quantized import NVFP4Tensor
 from megatron_ext.kernels.scaled_mm import nvfp4_scaled_mm, swizzled
+from tests.kernels.triton_programs import compiled, run_program
 
 SIGNS = torch.tensor([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1], dtype=torch.float32)
 SHAPES = [(1, 1, 1), (5, 7, 70), (16, 16, 16), (33, 130, 257), (130, 3, 128), (2, 40, 17)]
@@ -282,28 +279,20 @@ def triton_in_the_interpreter() -> None:
 def triton_compiled() -> None:
     """For GPUs that are not here: tensor cores of each generation, and subnormals, which carry the smallest numbers, are kept."""
     tl = importlib.import_module("triton.language")
-    compiler, target = importlib.import_module("triton.compiler"), importlib.import_module("triton.backends.compiler").GPUTarget
     kernel = importlib.import_module("megatron_ext.csrc.triton.nvfp4_gemm")._product_kernel
     pointers = {name: "*u8" for name in ("a_codes", "a_scales", "b_codes", "b_scales")} | {"alpha": "*fp32", "out": "*bf16"}
     constants = {"A_SCALE_ROWS": 1, "B_SCALE_ROWS": 16, "TILE_ROWS": 64, "TILE_COLUMNS": 32, "BYTES": 32, "OPERAND": tl.bfloat16}
-    types = pointers | dict.fromkeys(("rows", "columns", "width"), "i32") | dict.fromkeys(constants, "constexpr")
+    types = pointers | dict.fromkeys(("rows", "columns", "width"), "i32")
     for architecture, instruction in ((80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")):
-        source = compiler.ASTSource(fn=kernel, signature=types, constexprs=constants)
-        built = compiler.compile(source, target=target("cuda", architecture, 32), options={"enable_fp_fusion": False})
-        assert instruction in built.asm["ptx"] and ".ftz" not in built.asm["ptx"] and built.asm["cubin"], architecture
+        built = compiled(kernel, architecture, types, constants)
+        assert instruction in built["ptx"] and ".ftz" not in built["ptx"] and built["cubin"], architecture
 
 
 @pytest.mark.parametrize(
-    ("program", "interpret"), [(triton_in_the_interpreter, "1"), (triton_compiled, "0")], ids=lambda x: getattr(x, "__name__", x)
+    ("program", "interpret"), [(triton_in_the_interpreter, True), (triton_compiled, False)], ids=lambda x: getattr(x, "__name__", x)
 )
-def test_triton_without_a_gpu(program: Callable[[], None], interpret: str) -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"from tests.kernels.test_nvfp4_gemm import {program.__name__}; {program.__name__}()"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_triton_without_a_gpu(program: Callable[[], None], interpret: bool) -> None:
+    run_program(program, interpret=interpret)
 
 
 @pytest.mark.gpu

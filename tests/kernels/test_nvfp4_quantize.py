@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -14,34 +15,15 @@ from megatron_ext.kernels.amax import amax, amax_both
 from megatron_ext.kernels.hadamard import hadamard_transform
 from megatron_ext.kernels.minifloat import unpack_nibbles
 from megatron_ext.kernels.quantized import NVFP4Tensor
+from tests.kernels.backends import native_backends, on, uneven_matrix
 
 SIGNS = torch.tensor([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1], dtype=torch.float32)
 SHAPES = [(1, 1), (16, 16), (3, 130), (130, 3), (33, 70), (129, 257), (0, 5), (5, 0)]
 """Odd ones, and ones on both sides of strips of 16 rows, tiles of 128 rows and columns, and blocks of 16."""
 
 
-def runs_here(backend: str) -> bool:
-    try:
-        amax(torch.ones(1, 1), backend=backend)
-    except ConfigError:
-        return False
-    return True
-
-
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(not runs_here(name), reason=f"{name}: this machine cannot run it"))
-    for name in ("cpu-portable", "cpu-avx2", "cpu-avx512")
-] + [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: there is no GPU"))]
-
-
-def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Rows of scales from 1e-6 to 1e3, with rows, columns and blocks of zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=generator) * torch.logspace(-6, 3, max(rows, 1))[:rows, None]
-    x[7:9] = 0
-    x[:, 5:6] = 0
-    x[16:32, 16:32] = 0
-    return x.to(dtype)
+BACKENDS = native_backends(lambda backend: amax(torch.ones(1, 1), backend=backend))
+matrix = partial(uneven_matrix, block=16)
 
 
 def parts(quantized: NVFP4Tensor) -> list[Tensor]:
@@ -72,11 +54,11 @@ def both(x: Tensor, way: dict[str, object], **others: object) -> tuple[NVFP4Tens
 def test_backends_have_the_bits_of_the_definition(backend: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         x = matrix(*shape, dtype)
-        on = x.to("cuda" if backend == "cuda" else "cpu")
+        there = on(x, backend)
         for way in ways():
             expected = both(x, way, backend="torch")
             for threads in (1, 3):
-                for mine, theirs in zip(both(on, way, backend=backend, threads=threads), expected, strict=True):
+                for mine, theirs in zip(both(there, way, backend=backend, threads=threads), expected, strict=True):
                     assert equal(mine, theirs), (shape, way, threads)
 
 
@@ -93,7 +75,7 @@ def test_a_million_values_have_the_bits_of_the_definition(backend: str) -> None:
         for amax_given in (None, torch.tensor(2688.0)):
             way = {"rounding": "nearest", "block": (1, 16), "signs": None, "seed": 1, "amax": amax_given}
             expected = nvfp4_quantize(x, **way, backend="torch")
-            assert equal(nvfp4_quantize(x.to("cuda" if backend == "cuda" else "cpu"), **way, backend=backend), expected)
+            assert equal(nvfp4_quantize(on(x, backend), **way, backend=backend), expected)
     assert len(expected.codes.unique()) > 100
 
 

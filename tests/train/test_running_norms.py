@@ -17,6 +17,7 @@ FLOAT64 = ("train.dtype=float64", "train.steps=4", "checkpoint.every=2", "optimi
 GRIDS = {
     "dp2": (2, []),
     "tp2": (2, ["parallel.tp=2", "parallel.sequence_parallel_activations=true", "train.activation_checkpointing=full"]),
+    "shared": (2, ["planning.policy=static", "planning.degree=2", "planning.tokens_per_pack=16"]),
 }
 
 
@@ -38,7 +39,7 @@ def alone(run_ranks: RunRanks, folder: Path) -> dict[str, Path]:
     return {kind: run(run_ranks, folder, f"{kind}_alone", kind, 1, []) for kind in ("power", "unified")}
 
 
-@pytest.mark.parametrize(("kind", "grid"), [("power", "dp2"), ("power", "tp2"), ("unified", "dp2")])
+@pytest.mark.parametrize(("kind", "grid"), [("power", "dp2"), ("power", "tp2"), ("unified", "dp2"), ("unified", "shared")])
 def test_losses_and_statistics_equal_those_of_one_process(
     run_ranks: RunRanks, folder: Path, alone: dict[str, Path], kind: str, grid: str
 ) -> None:
