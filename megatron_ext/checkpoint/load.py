@@ -12,12 +12,13 @@ from megatron_ext.optim.state_change import StateChange
 from megatron_ext.parallel.world import World
 
 
-def find_checkpoint(root: Path, resume: str) -> Path | None:
+def find_checkpoint(root: Path, resume: str, branch_from: str | None = None) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
         root: directory that holds the run's checkpoints.
-        resume: ``auto`` (the latest in ``root``, or None if there is none), ``never``, or a checkpoint directory.
+        resume: ``auto`` (the latest in ``root``, or else ``branch_from``), ``never``, or a checkpoint directory.
+        branch_from: the checkpoint of another run that this one begins from; None: it begins from nothing.
 
     Raises:
         CheckpointError: the directory does not exist, or ``latest`` does not say which it is; names the next older whole checkpoint.
@@ -28,6 +29,8 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
         path = latest(root) if resume == "auto" else Path(resume)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_offer(saved_steps(root))}") from error
+    if path is None and branch_from is not None:
+        path = Path(branch_from)
     if path is not None and not path.is_dir():
         raise CheckpointError(f"{path} is missing{_offer(_older(path))}")
     return path

@@ -15,6 +15,9 @@ class CheckpointOptions:
     """Number of newest checkpoints to keep."""
     resume: str = "auto"
     """``auto``: from the latest checkpoint in the run directory if there is one; ``never``; or a checkpoint directory."""
+    branch_from: str | None = None
+    """A checkpoint of another run, to begin from with its weights, optimizer state, step and place in the data; the schedule is this
+    run's. Only until the run has a checkpoint of its own. null: begin at step 0."""
     allow_changed_data: bool = False
     """Resume although the training data are not those of the checkpoint."""
     max_shard_gib: float = 4.0
@@ -25,5 +28,12 @@ class CheckpointOptions:
             (self.every is None or self.every >= 1, "every", self.every, "a number of steps, at least 1, or null"),
             (self.keep_last >= 1, "keep_last", self.keep_last, "at least 1"),
             (bool(self.resume), "resume", self.resume, "auto, never or a checkpoint directory"),
+            (self.branch_from != "", "branch_from", self.branch_from, "a checkpoint directory, or null"),
+            (
+                self.branch_from is None or self.resume == "auto",
+                "branch_from",
+                self.branch_from,
+                f"null with resume {self.resume}, which says where to begin; or resume auto",
+            ),
             (self.max_shard_gib > 0, "max_shard_gib", self.max_shard_gib, "GiB, more than 0"),
         )

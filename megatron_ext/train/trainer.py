@@ -13,9 +13,9 @@ import torch
 
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.checkpoint.save import CheckpointWriter
-from megatron_ext.config import monitor_config, total_steps
+from megatron_ext.config import Change, changes, monitor_config, settings, total_steps
 from megatron_ext.data.corpus import Piece
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.optim.state_change import describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
@@ -69,6 +69,8 @@ class Trainer:
             self.chosen["costs"] = why_cost
         self.correction = CostCorrection(self.cost)
         self.state_changes: list[str] = []
+        self.overrides: list[Change] = []
+        self.branched = False
         self.resumed_from = self._resume()
         self.data_watch = DataWatch(setup.mixture, self.config.data.repeats_warned_at)
         self.planner = self._build_planner()
@@ -113,7 +115,7 @@ class Trainer:
     def _train(self) -> None:
         self._introduce()
         saved = self.step
-        if self.step == 0:
+        if self.step == 0 or self.branched:
             self._evaluate()
             self._find_needles()
         self.console.start_clock()
@@ -287,6 +289,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "updates": self.optimizer.updates,
             "total_steps": self.total_steps,
+            "settings": settings(self.config),
             "data": self.setup.mixture.state_dict(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "grid": asdict(self.grid.shape),
@@ -298,11 +301,18 @@ class Trainer:
 
     def _resume(self) -> Path | None:
         """Continue from the checkpoint that the configuration names; None if the run begins."""
-        path = find_checkpoint(self.run_dir / CHECKPOINTS, self.config.checkpoint.resume)
+        options = self.config.checkpoint
+        path = find_checkpoint(self.run_dir / CHECKPOINTS, options.resume, options.branch_from)
         if path is None:
             return None
         state = verify(path, self.world)
-        self.setup.mixture.load_state_dict(state["data"], self.config.checkpoint.allow_changed_data)
+        self.branched = options.branch_from is not None and path == Path(options.branch_from)
+        if self.branched and state["step"] >= self.total_steps:
+            raise ConfigError(
+                f"train.steps: {self.total_steps}; accepted: more than the {state['step']} steps of {path}, which the run branches off"
+            )
+        self.overrides = changes(state.get("settings", {}), settings(self.config))
+        self.setup.mixture.load_state_dict(state["data"], options.allow_changed_data)
         self.state_changes = describe_changes(load_optimizer(path, self.optimizer, self.world))
         self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
         self.tokens_by_source |= {name: n for name, n in state["tokens_by_source"].items() if name in self.tokens_by_source}
@@ -328,12 +338,11 @@ class Trainer:
                 **describe_run(setup, self.grid, next(self.model.parameters()).dtype),
                 **self.chosen,
                 **({"unigram entropy": ", ".join(f"{name} {value:.3f}" for name, value in entropy.items())} if entropy else {}),
-                **({"resumed from": str(self.resumed_from)} if self.resumed_from else {}),
+                **({"branched from" if self.branched else "resumed from": str(self.resumed_from)} if self.resumed_from else {}),
+                **({"changed": "; ".join(map(str, self.overrides))} if self.overrides else {}),
                 **({"optimizer state": "; ".join(self.state_changes)} if self.state_changes else {}),
             }
         )
-        if self.state_changes:
-            self.metrics.write("event", event="state_change", step=self.step, changes=self.state_changes)
         self.metrics.write(
             "start",
             step=self.step,
@@ -346,10 +355,15 @@ class Trainer:
             tokens_per_step=self.config.data.tokens_per_step,
             device=describe(self.world.device),
             dtype=self.chosen["dtype"].split()[0],
+            branched_from=str(self.resumed_from) if self.branched else None,
             attention=self.chosen["attention"].split()[0],
             unigram_entropy=entropy,
             versions=_versions(),
         )
+        if self.state_changes:
+            self.metrics.write("event", event="state_change", step=self.step, changes=self.state_changes)
+        if self.overrides:
+            self.metrics.write("event", event="override", step=self.step, changes={key: [old, new] for key, old, new in self.overrides})
 
 
 def _versions() -> dict[str, str]:

@@ -120,6 +120,14 @@ def test_nothing_saved_and_never(root: Path, tmp_path: Path) -> None:
     assert find_checkpoint(root, "never") is None
 
 
+def test_a_branch_begins_elsewhere_until_it_has_a_checkpoint_of_its_own(root: Path, tmp_path: Path) -> None:
+    trunk = root / "step_00000002"
+    assert find_checkpoint(tmp_path / "none", "auto", str(trunk)) == trunk
+    assert find_checkpoint(root, "auto", str(tmp_path / "trunk")) == root / "step_00000003"
+    with pytest.raises(CheckpointError, match="trunk is missing"):
+        find_checkpoint(tmp_path / "none", "auto", str(tmp_path / "trunk"))
+
+
 def test_a_file_outside_the_checkpoint_is_refused(root: Path) -> None:
     from megatron_ext.checkpoint.manifest import read_state, seal
 

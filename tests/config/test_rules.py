@@ -142,6 +142,8 @@ REFUSED = [
     ("logging.every=0", "logging.every: 0; accepted: a number of steps, at least 1"),
     ("checkpoint.every=0", "checkpoint.every: 0; accepted: a number of steps, at least 1, or null"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last: 0; accepted: at least 1"),
+    ("checkpoint.branch_from=''", "checkpoint.branch_from: ''; accepted: a checkpoint directory, or null"),
+    ("checkpoint={branch_from: c, resume: never}", "checkpoint.branch_from: 'c'; accepted: null with resume never"),
     ("checkpoint.resume=''", "checkpoint.resume: ''; accepted: auto, never or a checkpoint directory"),
     ("checkpoint.max_shard_gib=0", "checkpoint.max_shard_gib: 0.0; accepted: GiB, more than 0"),
 ]

@@ -75,7 +75,7 @@ def unit_rate() -> torch.optim.Optimizer:
 @pytest.mark.parametrize(("shape", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("one_minus_sqrt", "1-sqrt")])
 def test_wsd_is_that_of_transformers(unit_rate: torch.optim.Optimizer, shape: str, theirs: str) -> None:
     scheduler = get_wsd_schedule(unit_rate, 10, 30, num_training_steps=TOTAL, decay_type=theirs, min_lr_ratio=0.3)
-    seen = factors(kind="wsd", warmup_steps=10, decay_steps=30, decay_shape=shape, min_factor=0.3)
+    seen = factors(kind="wsd", warmup_steps=10, warmup_from=0.3, decay_steps=30, decay_shape=shape, min_factor=0.3)
     assert list(seen.values()) == pytest.approx(rates_of(scheduler, TOTAL), rel=1e-12)
 
 
