@@ -1,14 +1,16 @@
 """A corpus as training sees it: an indexed dataset with a name, a split, and an order that never ends."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from megatron_ext.data.indexed import IndexedDataset
 from megatron_ext.data.options import SourceOptions
 from megatron_ext.data.permutation import Permutation
+from megatron_ext.data.selection import Selection
 from megatron_ext.errors import DataError
 
 HASHED_TOKENS = 256
@@ -53,18 +55,40 @@ class Corpus:
         self.dataset = IndexedDataset(options.path)
         if self.dataset.num_tokens == 0:
             raise DataError(f"{options.path}.bin has no tokens (source {options.name!r})")
+        self._selection = Selection(options, self.dataset, self.is_held_out) if options.selects else None
+        self._order_is_random = options.order == "shuffled"
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        """Positions of an epoch of training."""
+        return self.positions(held_out=False)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an epoch, both sides of the split together."""
-        return self.dataset.num_tokens
+        """Tokens of the documents that are read, both sides of the split together."""
+        chosen = self._documents(held_out=False)
+        return self.dataset.num_tokens if chosen is None else int(self.dataset.lengths[chosen].sum())
 
-    def fingerprint(self) -> str:
-        """Hash of everything that decides which documents there are and their order, but for the seed and the split."""
-        return self.dataset.fingerprint()
+    @property
+    def training_tokens(self) -> float:
+        """Tokens of an epoch of training. How many are held out is expected, not counted; a subset has none."""
+        whole = self._selection is not None and self._selection.is_subset
+        return self.num_tokens * (1.0 if whole else 1.0 - self.held_out)
+
+    def fingerprint(self) -> object:
+        """What decides which documents there are and their order, but for the seed and the split; a JSON value."""
+        own = self.dataset.fingerprint()
+        return own if self._selection is None else [own, *self._selection.fingerprint()]
+
+    def positions(self, held_out: bool) -> int:
+        """Positions of a run through one side of the split: documents of the other side are passed over."""
+        documents = self._documents(held_out)
+        return len(self.dataset) if documents is None else len(documents)
+
+    def _documents(self, held_out: bool) -> np.ndarray | None:
+        """Documents among which those of a side are; None: all."""
+        if self._selection is None:
+            return None
+        return self._selection.eligible if held_out else self._selection.chosen
 
     def length(self, document: int) -> int:
         """Tokens of a document."""
@@ -76,7 +100,8 @@ class Corpus:
 
     def pieces(self, source: int, seed: int, sequence_length: int, position: int, start: int) -> Iterator[tuple[int, Piece]]:
         """Pieces of documents to train on, for ever, from token ``start`` of the document at ``position`` on; with their positions."""
-        for place, document in self.shuffled(str(seed), position):
+        documents = self.shuffled(str(seed), position) if self._order_is_random else self._sorted(str(seed), position)
+        for place, document in documents:
             yield from ((place, piece) for piece in cut(source, document, self.length(document), sequence_length, start))
             start = 0
 
@@ -93,29 +118,57 @@ class Corpus:
         """Non-empty documents of one side of the split in random order, for ever, from ``position`` on.
 
         Yields:
-            (position, document). Each run through the corpus (``len(self)`` positions) is an epoch with an order of its own.
+            (position, document). Each run through the corpus (``positions(held_out)``) is an epoch with an order of its own.
 
         Raises:
             DataError: no document of the corpus is on this side of the split.
         """
-        fruitless = 0
+        documents = self._documents(held_out)
+        if documents is None:
+            return self._walk(lambda epoch: self._order(seed, epoch, len(self.dataset)), position, held_out)
+        return self._walk(lambda epoch: _Reordered(documents, self._order(seed, epoch, len(documents))), position, held_out)
+
+    def _sorted(self, seed: str, position: int) -> Iterator[tuple[int, int]]:
+        """As ``shuffled``, of the training side, by score: every epoch is alike."""
+        assert self._selection is not None, "an order needs scores"
+        documents = self._selection.sorted(seed)
+        return self._walk(lambda epoch: documents, position, held_out=False)
+
+    def _walk(self, order: Callable[[int], "_Items"], position: int, held_out: bool) -> Iterator[tuple[int, int]]:
+        """Positions and documents of one side, ``order(epoch)[place]`` at each."""
+        fruitless, size = 0, self.positions(held_out)
         while True:
-            epoch, place = divmod(position, len(self))
-            document = self._order(seed, epoch)[place]
+            epoch, place = divmod(position, size)
+            document = int(order(epoch)[place])
             if self.length(document) > 0 and self.is_held_out(document) == held_out:
                 fruitless = 0
                 yield position, document
             else:
                 fruitless += 1
-                if fruitless > 2 * len(self):
+                if fruitless > 2 * size:
                     side = "validation" if held_out else "training"
-                    raise DataError(
-                        f"{self.path}: none of {len(self)} documents is left for {side} (data.validation_fraction={self.held_out})"
-                    )
+                    raise DataError(f"{self.path}: none of {size} documents is left for {side} (data.validation_fraction={self.held_out})")
             position += 1
 
-    def _order(self, seed: str, epoch: int) -> Permutation:
-        return Permutation(len(self), f"{seed}/{self.name}/{epoch}")
+    def _order(self, seed: str, epoch: int, size: int) -> Permutation:
+        return Permutation(size, f"{seed}/{self.name}/{epoch}")
+
+
+class _Items(Protocol):
+    """Documents in an order."""
+
+    def __getitem__(self, place: int, /) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Reordered:
+    """Items in the order of a permutation."""
+
+    items: np.ndarray
+    order: Permutation
+
+    def __getitem__(self, place: int) -> int:
+        return self.items[self.order[place]]
 
 
 def cut(source: int, document: int, length: int, sequence_length: int, start: int = 0) -> Iterator[Piece]:

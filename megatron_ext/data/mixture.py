@@ -120,7 +120,7 @@ class Mixture:
     def check_epochs(self, total_tokens: int) -> None:
         """Raise ConfigError if a run of ``total_tokens`` would read a source more often than its ``max_epochs``."""
         for corpus, tokens in zip(self.corpora, self.expected_tokens(total_tokens), strict=True):
-            epochs = tokens / (corpus.num_tokens * (1.0 - corpus.held_out))
+            epochs = tokens / corpus.training_tokens
             if corpus.max_epochs is not None and epochs > corpus.max_epochs:
                 raise ConfigError(
                     f"source {corpus.name!r} would be read {epochs:.2f} times by {total_tokens:,} tokens with a share of "

@@ -20,6 +20,18 @@ class SourceOptions:
     """Share of tokens, relative to the other sources of the same list."""
     max_epochs: float | None = None
     """Refuse to read the corpus more often than this; null: no limit."""
+    min_tokens: int | None = None
+    """Leave out shorter documents. One corpus can be two sources: its long documents and its short ones."""
+    max_tokens: int | None = None
+    """Leave out longer documents."""
+    scores: str | None = None
+    """Path of a .npy file of float32 with a score, such as one of quality, for each document of the pair."""
+    order: Literal["shuffled", "ascending", "descending"] = "shuffled"
+    """Order of the documents in training: random, another in each epoch, or by ``scores``."""
+    subset_tokens: int | None = None
+    """Train on a fixed choice of documents with this many tokens, again and again; null: on all."""
+    subset_by: Literal["hash", "score"] = "hash"
+    """Which documents: random ones, or those with the highest ``scores``."""
 
     def __post_init__(self) -> None:
         require(
@@ -27,7 +39,34 @@ class SourceOptions:
             (bool(self.path), "path", self.path, "path of a .bin/.idx pair without its ending"),
             (self.weight > 0, "weight", self.weight, "more than 0"),
             (self.max_epochs is None or self.max_epochs > 0, "max_epochs", self.max_epochs, "more than 0, or null"),
+            (self.min_tokens is None or self.min_tokens >= 1, "min_tokens", self.min_tokens, "at least 1, or null"),
+            (
+                self.max_tokens is None or self.max_tokens >= (self.min_tokens or 1),
+                "max_tokens",
+                self.max_tokens,
+                f"at least min_tokens ({self.min_tokens or 1}), or null",
+            ),
+            (self.subset_tokens is None or self.subset_tokens >= 1, "subset_tokens", self.subset_tokens, "at least 1, or null"),
+            (self.order == "shuffled" or bool(self.scores), "order", self.order, "shuffled without scores"),
+            (self.subset_by == "hash" or bool(self.scores), "subset_by", self.subset_by, "hash without scores"),
+            (
+                self.subset_by == "hash" or self.subset_tokens is not None,
+                "subset_by",
+                self.subset_by,
+                "hash without subset_tokens",
+            ),
+            (
+                not self.scores or self.order != "shuffled" or self.subset_by == "score",
+                "scores",
+                self.scores,
+                "null, because neither order nor subset_by uses them",
+            ),
         )
+
+    @property
+    def selects(self) -> bool:
+        """Whether documents are left out or sorted."""
+        return any(each is not None for each in (self.min_tokens, self.max_tokens, self.scores, self.subset_tokens))
 
 
 @dataclass
@@ -160,7 +199,10 @@ class DataOptions:
 
     def _stage_rules(self) -> Iterator[tuple[bool, str, object, str]]:
         names = [source.name for source in self.sources]
+        shares = 0.0
         for number, stage in enumerate(self.stages):
+            shares += stage.share or 0.0
+            yield stage.share is None or shares < 1, f"stages.{number}.share", stage.share, "shares of the run that sum to less than 1"
             key, weights = f"stages.{number}", stage.weights or {}
             unknown = [name for name in weights if name not in names]
             some = any(weights.get(source.name, source.weight) > 0 for source in self.sources)

@@ -7,6 +7,8 @@ Finite Domains"): a value that falls outside [0, n) is permuted again until it f
 
 import hashlib
 
+import numpy as np
+
 ROUNDS = 4
 _MASK64 = (1 << 64) - 1
 
@@ -17,6 +19,15 @@ def _mix(value: int, key: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
     return value ^ (value >> 31)
+
+
+def hashes(values: np.ndarray, seed: str) -> np.ndarray:
+    """64-bit hashes of integers under ``seed`` (any string), uint64 of the same shape; equal on every machine."""
+    key = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little")
+    hashed = values.astype(np.uint64) + np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        hashed = (hashed ^ (hashed >> np.uint64(shift))) * np.uint64(factor)
+    return hashed ^ (hashed >> np.uint64(31))
 
 
 class Permutation:

@@ -56,7 +56,7 @@ def _choose(corpus: Corpus, split: str, sequence_length: int, most_tokens: int) 
     pieces: list[Piece] = []
     room = most_tokens
     for position, document in corpus.shuffled("validation", 0, held_out=split == "held_out"):
-        if position >= len(corpus) or room <= 0:
+        if position >= corpus.positions(split == "held_out") or room <= 0:
             break
         for piece in cut(0, document, corpus.length(document), sequence_length):
             if room > 0 and piece.loss_tokens > 0:

@@ -126,7 +126,7 @@ def test_repeated_data_are_told_once_for_each_source(run_ranks: RunRanks, tmp_pa
     run_ranks(1, train, staged(tmp_path, data__repeats_warned_at=0.4))
     told = {record["source"]: record for record in records(tmp_path / "run", "event") if record["event"] == "repeated_data"}
     epochs = {record["step"]: record["epochs"] for record in records(tmp_path / "run", "train")}
-    assert set(told) == {name for name, seen in epochs[10].items() if seen > 0.4} and "old" in told
+    assert set(told) == {name for name, seen in epochs[10].items() if seen > 0.4} and "prose" in told
     for name, record in told.items():
         assert epochs[record["step"] - 1][name] <= 0.4 < epochs[record["step"]][name] == record["epochs"]
     drop_after(tmp_path, 9)
