@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from megatron_ext.optim.method_options import HalfFineTuningOptions, MagnitudeGateOptions, MetaExperienceReplayOptions
 from megatron_ext.option_rules import require
 
 
@@ -109,6 +110,19 @@ class OptimizerOptions:
     overlap_reduction: bool = True
     """Send gradients to their owners while the rest of the last backward pass computes; on GPUs only where no packs are shared."""
 
+    half_fine_tuning: HalfFineTuningOptions | None = None
+    """Freeze half of every block, drawn anew at each stage; null: train all."""
+    magnitude_gate: MagnitudeGateOptions | None = None
+    """Freeze the rows of linears whose outputs are small in the step; null: train all."""
+    meta_experience_replay: MetaExperienceReplayOptions | None = None
+    """Go part of the way back every some steps; null: never."""
+
+    @property
+    def methods(self) -> list[str]:
+        """Keys of the methods that are switched on and need whole_tensor, whose owners see parts of parameters by name."""
+        keys = ("half_fine_tuning", "magnitude_gate", "meta_experience_replay")
+        return [key for key in keys if getattr(self, key) is not None]
+
     @property
     def rules(self) -> set[str]:
         """Names of the rules that are asked for, beside adamw."""
@@ -138,6 +152,18 @@ class OptimizerOptions:
                 "adamw",
                 self.adamw,
                 "torch with ZeRO, which counts steps in one flat tensor",
+            ),
+            (
+                not self.methods or self.sharding == "whole_tensor",
+                ", ".join(self.methods),
+                "set",
+                f"null with sharding {self.sharding}: ZeRO hands out slices of one flat tensor, which have no names and no rows",
+            ),
+            (
+                self.half_fine_tuning is None or self.adamw == "torch",
+                "adamw",
+                self.adamw,
+                "torch with half_fine_tuning: apex counts the steps of all parameters together",
             ),
             (0 <= self.qk_clip_alpha <= 1, "qk_clip_alpha", self.qk_clip_alpha, "between 0 and 1"),
             (self.clip_norm >= 0, "clip_norm", self.clip_norm, "at least 0; 0 switches clipping off"),

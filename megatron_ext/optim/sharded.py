@@ -13,6 +13,7 @@ import torch
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.optim.extension import Constraint, UpdateExtension
+from megatron_ext.optim.extensions import Extensions
 from megatron_ext.optim.main_gradients import main_dtype
 from megatron_ext.optim.matrix_exchange import MatrixExchange
 from megatron_ext.optim.ownership import OwnedBox, assign, buckets, local
@@ -50,7 +51,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         grid: the ranks.
         clip_norm: largest global gradient norm; 0: no clipping.
         overlap: send gradients while the last backward pass still computes others.
-        extensions: change gradients before the rule and updates after it; with any, parameters are owned whole.
+        extensions: change gradients before the rule and updates after it, in this order.
         constraint: changes parameters after every update.
 
     Attributes:
@@ -77,9 +78,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.placements = placements
         self._grid = grid
         self._clip_norm = clip_norm
-        self._extensions = extensions
+        self._extensions = Extensions(extensions)
         self._constraint = constraint
-        self._rule_of = {name: replace(rule, share="part") if extensions and rule.share == "rows" else rule for name, rule in rules.items()}
+        whole = self._extensions.need_whole
+        self._rule_of = {name: replace(rule, share="part") if whole and rule.share == "rows" else rule for name, rule in rules.items()}
         parts = assign(placements, self._rule_of, grid.dp.size, grid.tp.size)
         dtypes = {name: main_dtype(parameter.dtype) for name, parameter in self._parameters.items()}
         self._buckets = buckets(parts, dtypes, BUCKET_BYTES)
@@ -91,6 +93,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._exchange = MatrixExchange([part for part in mine if part.meets_on is not None], shapes, grid.tp, grid.world.device)
         self.owned = [self._master_part(part) for part in mine if part.meets_on is None] + self._met_masters()
         self.rules = self._make_rules()
+        for owned in self.owned:
+            self._extensions.begin(owned.part, owned.master, {})
         self.grad_norm = 0.0
         self.overflow = False
         self.updates = 0
@@ -118,7 +122,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """One update from the gradients accumulated since the last; skipped on every rank if their global norm is not finite."""
         self._reduced = dict(self._reduction.finish())
         self._sum_replicas()
-        self._extend_gradients()
+        self._extensions.prepare(self.updates + 1)
+        for part, gradient in self._reduced.items() if self._extensions else ():
+            self._extensions.change_gradient(part, gradient)
         if self._constraint is not None:
             self._constraint.prepare()
         self.grad_norm = self._global_norm()
@@ -136,7 +142,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """What this rank is to save: ``master`` and the rule's state of its parts, by kind. Over all ranks, each part of the model once."""
         for owned in self.owned:
             if self._is_saved(owned):
-                yield owned.part, {"master": owned.master.detach(), **self._state(owned)}
+                yield owned.part, {"master": owned.master.detach(), **self._state(owned), **self._extensions.state(owned.part)}
 
     @torch.no_grad()
     def load_owned_state(self, read: Callable[[OwnedBox], dict[str, torch.Tensor]]) -> list[StateChange]:
@@ -156,6 +162,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     seen, accepted = list(value.shape), list(owned.master.shape)
                     raise CheckpointError(f"{owned.part.name} ({kind}): the part in the checkpoint is {seen}, in the model {accepted}")
             owned.master.copy_(values.pop("master"))
+            begun = self._extensions.begin(owned.part, owned.master, values)
             rule = self._rule_of[owned.part.name]
             kept = rule.kept(values)
             device = owned.master.device
@@ -163,7 +170,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             state = {kind: value.to(device, main_dtype(value.dtype)).contiguous() for kind, value in values.items() if kind in kept}
             self.rules[rule.name].state[owned.master] = state
             if self._is_saved(owned):
-                changes += StateChange.between(owned.part.name, rule, values.keys())
+                changes += [*StateChange.between(owned.part.name, rule, values.keys()), *begun]
         self.publish()
         return changes
 
@@ -188,11 +195,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for gradient, total in zip(gradients, unflatten(flat, [gradient.shape for gradient in gradients]), strict=True):
                 gradient.copy_(total)
 
-    def _extend_gradients(self) -> None:
-        for extension in self._extensions:
-            for part, gradient in self._reduced.items():
-                extension.on_gradient(part.name, gradient)
-
     def _global_norm(self) -> float:
         """Norm of the whole model's gradient; of replicas, the first one counts."""
         counting = [g for part, g in self._reduced.items() if self.placements[part.name].replicas[0] == self._grid.world.rank]
@@ -204,15 +206,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if scale < 1.0 and self._reduced:
             torch._foreach_mul_(list(self._reduced.values()), scale)
         self._hand_gradients_over()
-        before = [owned.master.clone() for owned in self.owned] if self._extensions else []
+        extended = self.owned if self._extensions else []
+        for owned in extended:
+            self._extensions.before_update(owned.part, owned.master, self._state(owned))
         for rule in self.rules.values():
             rule.step()
-        for extension in self._extensions:
-            for owned, old in zip(self.owned, before, strict=True):
-                extension.on_update(owned.part.name, old, owned.master)
-        if self._constraint is not None:
-            for owned in self.owned:
-                self._constraint.apply(owned.part, owned.master)
+        changed = [owned for owned in self.owned if not self._extensions.is_frozen(owned.part)]
+        for owned in changed if self._extensions else ():
+            self._extensions.after_update(owned.part, owned.master)
+        for owned in changed if self._constraint is not None else ():
+            self._constraint.apply(owned.part, owned.master)
+        for owned in extended:
+            self._extensions.restore(owned.part, owned.master, self._state(owned))
         self.publish()
 
     def _hand_gradients_over(self) -> None:

@@ -48,9 +48,9 @@ class ShardedAdamP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of all parts. All ranks of the group take it together, with gradients of all parts."""
+        """One update of the parts that have a gradient. All ranks of the group take it together, with gradients of the same parts."""
         ages: dict[int, list[int]] = {}
-        for number, part in enumerate(self.param_groups[0]["params"]):
+        for number, part in ((n, part) for n, part in enumerate(self.param_groups[0]["params"]) if part.grad is not None):
             ages.setdefault(self._next_step(part), []).append(number)
         for steps, numbers in ages.items():
             self._update(numbers, steps)

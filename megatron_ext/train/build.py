@@ -39,6 +39,7 @@ from megatron_ext.precision.recipe import Recipe
 from megatron_ext.train.engine import Engine, owner_engine, zero_engine
 from megatron_ext.train.layer_times import measure_layers
 from megatron_ext.train.logit_clip import LogitClip
+from megatron_ext.train.methods import update_extensions
 from megatron_ext.train.positions import checkpoint_model, describe_positions
 from megatron_ext.train.precision import apply_recipe
 from megatron_ext.train.running_norms import RunningNormUpdate
@@ -224,14 +225,15 @@ def build_engine(setup: Setup, model: GPT, grid: Grid) -> Engine:
     settings = deepspeed_config(setup.config, grid.shape.dp)
     shares = setup.config.planning.policy != "data_parallel"
     if options.sharding == "whole_tensor":
-        return owner_engine(model, build_optimizer(model, options, grid, shares), grid, settings, sources)
+        optimizer = build_optimizer(model, options, grid, shares, setup.config.seed)
+        return owner_engine(model, optimizer, grid, settings, sources)
     return zero_engine(model, options, grid, settings, sources)
 
 
-def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid, shares_packs: bool = False) -> ShardedOptimizer:
-    """The rules that ``options`` ask for on float32 masters, each rank owning its part.
+def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid, shares_packs: bool = False, seed: int = 0) -> ShardedOptimizer:
+    """The rules and methods that ``options`` ask for on float32 masters, each rank owning its part.
 
-    ``shares_packs``: some packs may be of several data ranks.
+    ``shares_packs``: some packs may be of several data ranks; ``seed``: of what methods draw.
     """
     # A rank in its last pack may share it with one that has another pack to come. On a GPU the reduction that the first begins would
     # wait there for that pack, and the exchange that the second waits for could wait behind it.
@@ -246,6 +248,7 @@ def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid, shares_pa
         grid,
         options.clip_norm,
         overlap,
+        update_extensions(model, options, grid, seed),
         constraint=_constraint(model, options, grid),
     )
 
