@@ -35,7 +35,7 @@ def _draw_forgetting(axes: Axes, phases: Sequence[Phase]) -> None:
     colors, names = _colors(phases), source_names(phases)
     labels: dict[tuple[str, str, str], Label] = {}
     for phase in phases:
-        for (source, split), curve in evaluations(phase.run).items():
+        for (source, split), curve in evaluations(phase.run.evals).items():
             tokens, losses = [phase.offset + record.tokens for record in curve], [record.loss for record in curve]
             marker = "o" if len(curve) < 40 else None
             axes.plot(tokens, losses, color=colors[source], linewidth=2, marker=marker, markersize=4, dashes=_dashes(phase), clip_on=False)
@@ -65,7 +65,7 @@ def forgetting_in_percent(phases: Sequence[Phase]) -> Figure | None:
     figure, (axes,) = canvas.new_figure(HALF, 270)
     labels = []
     for row in rows:
-        curve = evaluations(row.phase.run)[row.source, row.split]
+        curve = evaluations(row.phase.run.evals)[row.source, row.split]
         changes = np.array([100 * (record.loss / curve[0].loss - 1) for record in curve])
         color = _colors(phases)[row.source]
         axes.plot([record.tokens for record in curve], changes, color=color, linewidth=2, dashes=_dashes(row.phase))

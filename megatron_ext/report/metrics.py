@@ -15,6 +15,7 @@ from megatron_ext.errors import DataError
 from megatron_ext.report.records import (
     EvalRecord,
     EventRecord,
+    NeedleRecord,
     PlanRecord,
     ProbeRecord,
     Record,
@@ -33,6 +34,7 @@ class Run:
     starts: list[StartRecord]
     train: list[TrainRecord]
     evals: list[EvalRecord]
+    needles: list[NeedleRecord]
     events: list[EventRecord]
     plans: list[PlanRecord]
     probes: list[ProbeRecord]
@@ -112,6 +114,7 @@ def read_run(directory: str | Path) -> Run:
         raise DataError(f"{directory / 'metrics.jsonl'}:1: the first record must be of kind 'start'")
     train: dict[int, TrainRecord] = {}
     evals: dict[tuple[int, str, str], EvalRecord] = {}
+    needles: dict[int, NeedleRecord] = {}
     events: list[EventRecord] = []
     plans: dict[int, PlanRecord] = {}
     probes: dict[int, ProbeRecord] = {}
@@ -120,6 +123,7 @@ def read_run(directory: str | Path) -> Run:
             case StartRecord():
                 train = {step: old for step, old in train.items() if step <= record.step}
                 evals = {key: old for key, old in evals.items() if old.step <= record.step}
+                needles = {step: old for step, old in needles.items() if step <= record.step}
                 events = [old for old in events if old.step <= record.step]
                 plans = {step: old for step, old in plans.items() if step <= record.step}
                 probes = {step: old for step, old in probes.items() if step <= record.step}
@@ -127,6 +131,8 @@ def read_run(directory: str | Path) -> Run:
                 train[record.step] = record
             case EvalRecord():
                 evals[record.step, record.source, record.split] = record
+            case NeedleRecord():
+                needles[record.step] = record
             case EventRecord():
                 events.append(record)
             case PlanRecord():
@@ -139,12 +145,19 @@ def read_run(directory: str | Path) -> Run:
         starts=[record for record in records if isinstance(record, StartRecord)],
         train=sorted(train.values(), key=lambda record: record.step),
         evals=sorted(evals.values(), key=lambda record: record.step),
+        needles=sorted(needles.values(), key=lambda record: record.step),
         events=events,
         plans=sorted(plans.values(), key=lambda record: record.step),
         probes=sorted(probes.values(), key=lambda record: record.step),
         seconds=_active_seconds(records),
         torn=torn,
     )
+
+
+def read_evaluations(path: Path) -> list[EvalRecord]:
+    """The eval records of a metrics.jsonl that is being written, in their order. Raises DataError as ``read_run``."""
+    lines, _ = _read_lines(path)
+    return [record for record in _parse_lines([line for line in lines if b'"eval"' in line], path) if isinstance(record, EvalRecord)]
 
 
 def _active_seconds(records: list[Record]) -> float:

@@ -7,9 +7,10 @@ import numpy as np
 import yaml
 
 from megatron_ext.atomic_io import atomic_open
-from megatron_ext.report import formats, plan_figures, probe_figures
+from megatron_ext.report import context_figures, formats, plan_figures, probe_figures
 from megatron_ext.report.canvas import SERIES
 from megatron_ext.report.figures import all_figures, forgetting_curve
+from megatron_ext.report.forgetting import Forgetting, forgetting, recovery, worth_telling
 from megatron_ext.report.gantt import plan_timeline
 from megatron_ext.report.html import Html, element, number_cell, table
 from megatron_ext.report.layout import document, figure_element, swatch
@@ -32,16 +33,18 @@ def write_report(runs: Sequence[Run], output: str | Path, compare: Mapping[str, 
 def render(phases: Sequence[Phase]) -> str:
     """The page as text."""
     title = " \u2192 ".join(phase.label for phase in chain_of(phases))
-    forgetting = forgetting_curve(phases)
+    losses = forgetting_curve(phases)
     return document(
         f"{title} \u00b7 training report",
         element("header", element("h1", title), element("p", _when_and_where(phases), class_="muted")),
         element("p", headline(phases), class_="headline"),
         _tiles(phases),
         element("h2", "How the loss moved"),
-        figure_element(forgetting) if forgetting else element("p", "No source was evaluated in these runs.", class_="muted"),
+        figure_element(losses) if losses else element("p", "No source was evaluated in these runs.", class_="muted"),
         element("h2", "Each phase and source"),
         _results_table(phases),
+        *_stability_gap(phases),
+        *_context(phases),
         element("h2", "How training went"),
         element("p", "Where a curve is drawn twice: faint is each step, strong a moving average.", class_="muted"),
         element("div", *(figure_element(figure) for figure in all_figures(phases)), class_="grid"),
@@ -105,6 +108,39 @@ def _result_row(row: SourceResult, color: int, begins_phase: bool) -> Html:
     label = row.phase.label if begins_phase else ""
     cells = [element("td", label), element("td", swatch(f"series-{color % SERIES}"), row.name), *map(number_cell, numbers)]
     return element("tr", *cells, class_=" ".join(classes))
+
+
+def _stability_gap(phases: Sequence[Phase]) -> list[Html]:
+    """The section about losses that rose on the way, empty where nothing could be forgotten."""
+    rows = worth_telling(forgetting(phases))
+    if not rows:
+        return []
+    words = (
+        "How far the validation loss of a source rose above its start in the phase, when it was back, and where it ended; nats per token. "
+        "Old: trained on in an earlier phase, or replayed. Tokens count from the begin of the phase; evaluations lie between them."
+    )
+    names = ("loss at start", "worst rise", "after tokens", "recovery", "final difference")
+    order = source_order(phases)
+    body = [_gap_row(row, order.index(row.source), i == 0 or row.phase is not rows[i - 1].phase) for i, row in enumerate(rows)]
+    header = [("phase", False), ("source", False), ("domain", False), *((name, True) for name in names)]
+    return [element("h2", "What was forgotten on the way"), element("p", words, class_="muted"), table(header, body)]
+
+
+def _gap_row(row: Forgetting, color: int, begins_phase: bool) -> Html:
+    gap, classes = row.gap, ["new-phase"] * begins_phase + ["control"] * row.phase.is_control
+    worst = (f"{gap.worst_rise:+.3f}", formats.count(gap.worst_tokens)) if gap.worst_rise else ("none", "")
+    numbers = (formats.loss(gap.start), *worst, recovery(gap), f"{gap.final_difference:+.3f}")
+    label = row.phase.label if begins_phase else ""
+    source = element("td", swatch(f"series-{color % SERIES}"), row.name)
+    return element("tr", element("td", label), source, element("td", row.domain), *map(number_cell, numbers), class_=" ".join(classes))
+
+
+def _context(phases: Sequence[Phase]) -> list[Html]:
+    """The section about losses by position and needles, empty where neither was evaluated."""
+    figures = context_figures.all_figures(phases)
+    if not figures:
+        return []
+    return [element("h2", "What context is worth"), element("div", *map(figure_element, figures), class_="grid")]
 
 
 def _inside(phases: Sequence[Phase]) -> list[Html]:

@@ -7,43 +7,20 @@ from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter
 
 from megatron_ext.report import canvas, formats
 from megatron_ext.report.canvas import Label, series_color, stand_in
 from megatron_ext.report.phase_axes import HALF, NARROW, WIDE, Figure, finish_token_axis
 from megatron_ext.report.records import ProbeRecord
+from megatron_ext.report.shades import LEVELS, Scale, paint
 from megatron_ext.report.summary import Phase, chain_of
-
-LEVELS = 10
-"""Shades of a map."""
 
 _MOST_COLUMNS = 60
 _HEIGHT = 210
-_FAINTEST = 0.07
 
 Values = Callable[[ProbeRecord], Sequence[float]]
 """What a map shows of a probe, by depth."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Shades of the values from ``low`` to ``high``: those below are as faint, those above as strong as can be."""
-
-    low: float
-    high: float
-    is_log: bool
-
-    def shades(self, values: np.ndarray) -> np.ndarray:
-        """Whole numbers from 0 to ``LEVELS`` - 1 in float64, NaN where there is no value."""
-        low, high, values = (self._position(np.asarray(each, dtype=np.float64)) for each in (self.low, self.high, values))
-        shares = np.clip((values - low) / (high - low), 0, 1) if high > low else np.where(np.isnan(values), np.nan, 1.0)
-        return np.round(shares * (LEVELS - 1))
-
-    def _position(self, values: np.ndarray) -> np.ndarray:
-        return np.log(np.maximum(values, np.finfo(np.float64).tiny)) if self.is_log else values
 
 
 @dataclass(frozen=True)
@@ -215,16 +192,7 @@ def _fill(axes: Axes, edges: np.ndarray, first: int, values: np.ndarray, scale: 
             if np.isfinite(line[begin]):
                 rectangles.setdefault(line[begin], []).append((edges[begin], edges[end], first + row - 0.5, first + row + 0.5))
     for shade, found in sorted(rectangles.items()):
-        _paint(axes, np.array(found), shade)
-
-
-def _paint(axes: Axes, rectangles: np.ndarray, shade: float, **placement: object) -> None:
-    """Rectangles [n, 4] of left, right, bottom and top: more of the colour on the page, the higher the shade, on light and on dark."""
-    left, right, bottom, top = rectangles.T
-    corners = np.stack([(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)]).transpose(2, 0, 1).reshape(-1, 2)
-    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(rectangles)
-    alpha = _FAINTEST + (1 - _FAINTEST) * shade / (LEVELS - 1)
-    axes.add_patch(PathPatch(Path(corners, codes), facecolor=series_color(0), linewidth=0, alpha=alpha, **placement))
+        paint(axes, np.array(found), shade)
 
 
 def _draw_scale(axes: Axes, scale: Scale, above: int) -> None:
@@ -235,7 +203,7 @@ def _draw_scale(axes: Axes, scale: Scale, above: int) -> None:
     begin, bottom, top = end - 10 * LEVELS, 1 + above / height, 1 + (above + 10) / height
     for shade in range(LEVELS):
         left, right = ((begin + 10 * place) / width for place in (shade, shade + 1))
-        _paint(axes, np.array([[left, right, bottom, top]]), shade, transform=axes.transAxes, clip_on=False)
+        paint(axes, np.array([[left, right, bottom, top]]), shade, transform=axes.transAxes, clip_on=False)
     middle = {"transform": axes.transAxes, "va": "center"}
     canvas.write(axes, (begin - 6) / width, (bottom + top) / 2, low, stand_in("muted"), ha="right", **middle)
     canvas.write(axes, (end + 6) / width, (bottom + top) / 2, high, stand_in("muted"), ha="left", **middle)

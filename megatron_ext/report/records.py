@@ -95,6 +95,37 @@ class EvalRecord:
     loss: float
     split: str = "validation"
     eval_tokens: int = 0
+    by_position: list[dict[str, float]] = field(default_factory=list)
+    """Of buckets of positions in documents: ``start``, ``stop`` (NaN: no limit), ``loss`` and ``tokens``."""
+
+    def __post_init__(self) -> None:
+        if not all({"start", "stop", "loss", "tokens"} <= bucket.keys() for bucket in self.by_position):
+            raise ValueError(f"by_position is {self.by_position!r:.80}, expected start, stop, loss and tokens of each bucket")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleRecord:
+    """Retrieval of needles after ``step`` steps, by length (rows) and depth (columns)."""
+
+    time: float
+    step: int
+    tokens: int
+    lengths: list[int]
+    """Tokens of a document."""
+    depths: list[float]
+    """Share of the text before the needle."""
+    samples: int
+    """Documents of each length and depth."""
+    exact: list[list[float]]
+    """Share of samples whose whole value is what the model holds likeliest."""
+    log_probability: list[list[float]]
+    """Mean over the tokens of values, in nats."""
+
+    def __post_init__(self) -> None:
+        for name in ("exact", "log_probability"):
+            rows = getattr(self, name)
+            if len(rows) != len(self.lengths) or any(len(row) != len(self.depths) for row in rows) or not (self.lengths and self.depths):
+                raise ValueError(f"{name} has not a row for each of {len(self.lengths)} lengths with {len(self.depths)} depths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,13 +211,14 @@ class ProbeRecord:
                 raise ValueError(f"sites.{site} has no width, or lists of several lengths")
 
 
-Record = StartRecord | TrainRecord | EvalRecord | EventRecord | PlanRecord | ProbeRecord
+Record = StartRecord | TrainRecord | EvalRecord | NeedleRecord | EventRecord | PlanRecord | ProbeRecord
 
 _RECORDS: Mapping[str, type] = MappingProxyType(
     {
         "start": StartRecord,
         "train": TrainRecord,
         "eval": EvalRecord,
+        "needle": NeedleRecord,
         "event": EventRecord,
         "plan": PlanRecord,
         "probe": ProbeRecord,

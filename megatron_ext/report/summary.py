@@ -85,10 +85,10 @@ def source_names(phases: Sequence[Phase]) -> dict[tuple[str, str], str]:
     return {(source, split): source if evaluated.count(source) == 1 else f"{source} ({split})" for source, split in keys}
 
 
-def evaluations(run: Run) -> dict[tuple[str, str], list[EvalRecord]]:
-    """The evaluations of each (source, split) in the order of steps."""
+def evaluations(evals: Sequence[EvalRecord]) -> dict[tuple[str, str], list[EvalRecord]]:
+    """The evaluations of each (source, split), in the order in which they come."""
     curves: dict[tuple[str, str], list[EvalRecord]] = {}
-    for record in run.evals:
+    for record in evals:
         curves.setdefault((record.source, record.split), []).append(record)
     return curves
 
@@ -98,8 +98,8 @@ def results(phases: Sequence[Phase]) -> list[SourceResult]:
     rows: list[SourceResult] = []
     names = source_names(phases)
     for phase in phases:
-        earlier = {source for before in _phases_before(phase, phases) for source, n in before.run.tokens_by_source.items() if n}
-        curves = evaluations(phase.run)
+        earlier = {source for before in phases_before(phase, phases) for source, n in before.run.tokens_by_source.items() if n}
+        curves = evaluations(phase.run.evals)
         evaluated = {source for source, _ in curves}
         unevaluated = [(source, "") for source in phase.run.sources if source not in evaluated]
         for source, split in [*curves, *unevaluated]:
@@ -108,8 +108,8 @@ def results(phases: Sequence[Phase]) -> list[SourceResult]:
     return rows
 
 
-def _phases_before(phase: Phase, phases: Sequence[Phase]) -> list[Phase]:
-    """The phases whose model this one continued."""
+def phases_before(phase: Phase, phases: Sequence[Phase]) -> list[Phase]:
+    """The phases whose model ``phase`` continued."""
     chain = chain_of(phases)
     return chain[:-1] if phase.is_control else chain[: chain.index(phase)]
 

@@ -21,6 +21,8 @@ from megatron_ext.optim.state_change import describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning.worker import PlanSettings
+from megatron_ext.report.forgetting import described
+from megatron_ext.report.metrics import read_evaluations
 from megatron_ext.train.banner import describe_run
 from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.console import Console
@@ -29,7 +31,7 @@ from megatron_ext.train.costs import cost_model
 from megatron_ext.train.data_events import DataWatch
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
-from megatron_ext.train.metrics import MetricsWriter, length_histogram
+from megatron_ext.train.metrics import METRICS_FILE, MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
 from megatron_ext.train.needle_evaluation import NeedleEvaluation
 from megatron_ext.train.packs import PlannedPacks
@@ -132,6 +134,7 @@ class Trainer:
                 self.console.say(f"stopped after step {self.step} on request; start the same command again to continue")
                 break
         else:
+            self._say_what_was_forgotten()
             self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
 
     def _train_step(self) -> bool:
@@ -261,6 +264,13 @@ class Trainer:
         )
         found = ", ".join(f"{share:.0%} at {length:,}" for length, share in zip(result.lengths, result.mean_exact, strict=True))
         self.console.say(f"step {self.step}: needles found {found} tokens")
+
+    def _say_what_was_forgotten(self) -> None:
+        if self.world.is_main:
+            trained = [name for name, tokens in self.tokens_by_source.items() if tokens]
+            new = [source.name for source in self.config.data.sources]
+            for line in described(read_evaluations(self.run_dir / METRICS_FILE), trained, new):
+                self.console.say(line)
 
     def _save(self) -> None:
         if self.config.planning.correct:

@@ -117,7 +117,7 @@ def test_every_figure_is_there_and_every_stand_in_colour_is_gone(text: str) -> N
 
 
 def test_final_table_shows_the_numbers_of_the_runs(text: str) -> None:
-    results, phases = Page(text).tables
+    results, _, phases = Page(text).tables
     assert results[0] == ["phase", "source", "first eval", "last eval", "change", "unigram entropy", "tokens seen", "epochs"]
     assert results[3:] == [
         ["continual", "prose", "4.251", "4.327", "+1.8 %", "6.410", "184 k", "0.35"],

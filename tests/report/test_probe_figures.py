@@ -11,7 +11,8 @@ import pytest
 from megatron_ext.errors import DataError
 from megatron_ext.report.metrics import read_run
 from megatron_ext.report.page import render
-from megatron_ext.report.probe_figures import LEVELS, Scale, has_probes, kurtosis_by_site, maps
+from megatron_ext.report.probe_figures import has_probes, kurtosis_by_site, maps
+from megatron_ext.report.shades import LEVELS, Scale
 from megatron_ext.report.summary import Phase, arrange
 from tests.report.fake_runs import TOKENS_PER_STEP, probe, start, train, write_run
 from tests.report.svg import first_drawing, paths, texts
