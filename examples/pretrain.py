@@ -19,13 +19,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as optimizer.lr=3e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, token budget and layout, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, token budget, layout and memory, and exit")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: lay the run out for so many ranks")
+    parser.add_argument("--gib", type=float, metavar="X", help="with --dry-run: memory of a device; says whether the run fits")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            print(dry_run(config))
+            print(dry_run(config, arguments.ranks, arguments.gib))
         else:
             pretrain(config)
     except MegatronExtError as error:

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_ext.config.files import files_of
 from megatron_ext.config.load import load_config
 from megatron_ext.config.messages import problems_of
 from megatron_ext.config.schema import RunConfig
@@ -178,21 +179,10 @@ def check_files(run: StudyRun, prepare: str | None) -> None:
     Raises:
         DataError: one is missing; names the key, the path and, where the study knows it, the command that makes it.
     """
-    for key, path in _files_of(run.config):
+    for key, path in files_of(run.config):
         if not path.exists():
             hint = f"; make it with: {prepare}" if prepare else ""
             raise DataError(f"{path}: no such file or directory, needed by {key} of the run {run}{hint}")
-
-
-def _files_of(config: RunConfig) -> Iterator[tuple[str, Path]]:
-    if config.tokenizer is not None:
-        yield "tokenizer", Path(config.tokenizer)
-    if config.model.init_from is not None:
-        yield "model.init_from", Path(config.model.init_from)
-    for section in ("sources", "validation"):
-        for index, source in enumerate(getattr(config.data, section)):
-            for ending in (".idx", ".bin"):
-                yield f"data.{section}.{index}.path", Path(source.path + ending)
 
 
 def _override_rules(overrides: list[str]) -> Iterator[tuple[bool, str, object, str]]:

@@ -119,15 +119,15 @@ def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
     return checkpoint_model(config.model, config.data.longest_sequence)
 
 
-def run_shape(setup: Setup, world_size: int) -> GridShape:
+def run_shape(config: RunConfig, model: ModelConfig, world_size: int) -> GridShape:
     """Shape of the grid of ``world_size`` ranks.
 
     Raises:
         ConfigError: if the ranks cannot be divided, or packs not be shared, as the configuration says.
     """
-    shape = grid_shape(setup.config.parallel, world_size)
-    degree, heads = setup.config.planning.degree, setup.model.num_heads // shape.tp
-    most = min(shape.dp, setup.config.planning.largest_degree or heads)
+    shape = grid_shape(config.parallel, world_size)
+    degree, heads = config.planning.degree, model.num_heads // shape.tp
+    most = min(shape.dp, config.planning.largest_degree or heads)
     accepted = [1 << power for power in range(most.bit_length())]
     if degree is not None and degree not in accepted:
         numbers = ", ".join(map(str, accepted))
@@ -141,7 +141,7 @@ def build_grid(setup: Setup, world: World) -> Grid:
     Raises:
         ConfigError: before any group exists, if the ranks cannot be divided as the configuration says.
     """
-    shape = run_shape(setup, world.size)
+    shape = run_shape(setup.config, setup.model, world.size)
     return Grid(world, shape, kv_copies=max(1, shape.tp // setup.model.num_kv_heads))
 
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_ext.config import load_config
 from megatron_ext.errors import ConfigError
 from megatron_ext.train.build import prepare
-from megatron_ext.train.run import dry_run
+from megatron_ext.train.dry_run import dry_run
 from tests.distributed import RunRanks
 from tests.train.test_trainer import CHECKPOINTS, drop_after
 from tests.train.tiny_run import losses, random_documents, records, train, write_corpus, write_run
