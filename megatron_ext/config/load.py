@@ -16,7 +16,7 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.model.options import ModelOptions
 from megatron_ext.option_rules import Problem, shown
 
-_BESIDE_INIT_FROM = ("init_from", "max_position", "rope_theta", "rope", "attention", "norm_backend")
+_BESIDE_INIT_FROM = ("init_from", "max_position", "rope_theta", "rope", "attention", "evaluation_window", "norm_backend")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

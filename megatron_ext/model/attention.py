@@ -39,7 +39,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.max_logits = max_logits
         self.cache_quantizer: Callable[[Tensor], Tensor] | None = None
-        """Rounds keys, after rotation, and values [T, heads, head_dim], as a cache of few bits would; None: they stay as they are."""
+        """Rounds keys, after rotation (before it in an evaluation window), and values [T, heads, head_dim], as a cache of few bits would;
+        None: they stay as they are."""
         queries = tp.heads(config.num_heads, config.head_dim)
         keys = tp.heads(config.num_kv_heads, config.head_dim)
         self.q_proj = ColumnLinear(config.hidden_size, queries, bias=config.qkv_bias)
@@ -55,7 +56,8 @@ class Attention(nn.Module):
         q, k, v = map(self._heads, outputs(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, pack.cos, pack.sin), apply_rope(k, pack.cos, pack.sin)
+        if pack.window is None:
+            q, k = apply_rope(q, pack.cos, pack.sin), apply_rope(k, pack.cos, pack.sin)
         if self.cache_quantizer is not None:
             k, v = self.cache_quantizer(k), self.cache_quantizer(v)
         out = shared_attention(q, k, v, pack.sharing, self._attend(pack), self.tp.wire)
@@ -63,6 +65,9 @@ class Attention(nn.Module):
 
     def _attend(self, pack: PackContext) -> Attend:
         """Attention of all tokens of the ranks that divide the heads: all of the pack, but for a ring."""
+        if pack.window is not None:
+            assert pack.sharing is None or pack.sharing.ring is None, "refused before the run"
+            return pack.window.attend
         record = self._record(pack)
         if pack.sharing is not None and pack.sharing.ring is not None:
             observe = None if record is None else partial(_observe_chunks, record)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_ext.model.evaluation_window import EvaluationWindow
 from megatron_ext.parallel.sequence import Sharing
 
 
@@ -21,6 +22,8 @@ class PackContext:
     """Cosines of ``rope_tables`` [T, head_dim], T this rank's tokens."""
     sin: Tensor
     """Signed sines of ``rope_tables`` [T, head_dim]."""
+    window: EvaluationWindow | None = None
+    """What attention sees instead of the whole document before a query; None: all of it."""
 
     @property
     def tokens(self) -> int:

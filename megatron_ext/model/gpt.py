@@ -10,12 +10,14 @@ from megatron_ext.model.block import Block
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.context import PackContext
 from megatron_ext.model.embedding_projection import EmbeddingProjection, shrink_gradient
+from megatron_ext.model.evaluation_window import EvaluationWindow
 from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.loss import linear_cross_entropy
 from megatron_ext.model.max_logits import MaxLogits
 from megatron_ext.model.norm_kinds import build_norm, normalized
 from megatron_ext.model.placements import parameter_boxes
 from megatron_ext.model.rope import rope_tables
+from megatron_ext.model.window_options import WindowOptions
 from megatron_ext.parallel.pipeline import Stage, whole_model
 from megatron_ext.parallel.placement import slices, whole_box
 from megatron_ext.parallel.sequence import Sharing
@@ -58,6 +60,7 @@ class GPT(nn.Module):
         tp: tensor-parallel ranks; None: this rank has all of every matrix.
         stage: the layers of this rank; None: all.
         max_logits: takes the largest attention logits of every forward pass in training mode; None: they are not computed.
+        window: what attention sees outside of training mode; None: as in training.
     """
 
     def __init__(
@@ -68,11 +71,13 @@ class GPT(nn.Module):
         tp: TensorParallel | None = None,
         stage: Stage | None = None,
         max_logits: MaxLogits | None = None,
+        window: WindowOptions | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.tp = tp or single()
         self.max_logits = max_logits
+        self.window = window
         self.precision: PrecisionState | None = None
         self.observe_head: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
         """Told by ``loss`` what it is computed from: the head's input, its matrix (this rank's rows), labels and weights."""
@@ -111,7 +116,10 @@ class GPT(nn.Module):
             self.precision.next_pack()
         dtype = next(self.parameters()).dtype
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype, self.config.rope)
-        return PackContext(cu_seqlens, max_seqlen, sharing, cos, sin)
+        window = None
+        if self.window is not None and not self.training and max_seqlen > self.window.local_tokens:
+            window = EvaluationWindow.of_pack(self.window, self.config, cu_seqlens, dtype)
+        return PackContext(cu_seqlens, max_seqlen, sharing, cos, sin, window)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Residual stream [T, hidden] of ``tokens`` int [T], as it is outside a tensor-parallel region. Only on the first stage."""

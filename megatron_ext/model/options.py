@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.rope_options import RopeOptions
+from megatron_ext.model.window_options import WindowOptions
 from megatron_ext.option_rules import require
 
 
@@ -13,8 +14,8 @@ class ModelOptions:
     """A decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3), or where to take it from."""
 
     init_from: str | None = None
-    """Directory of a Hugging Face checkpoint: weights and shape come from it. Of the other keys only ``max_position``,
-    ``rope_theta``, ``rope``, ``attention`` and ``norm_backend`` may be set: the first three change what its config.json says."""
+    """Directory of a Hugging Face checkpoint: weights and shape come from it. ``max_position``, ``rope_theta`` and ``rope`` change what its
+    config.json says; of the other keys only ``attention``, ``evaluation_window`` and ``norm_backend`` may be set."""
     vocab_size: int | None = None
     """Rows of the embedding; null: the size of the tokenizer."""
     hidden_size: int = 256
@@ -55,6 +56,8 @@ class ModelOptions:
     ``norm.depth_scaling``."""
     attention: Literal["auto", "dense", "sdpa", "varlen", "flash_attn"] = "auto"
     """``dense``, ``sdpa``, ``varlen``, ``flash_attn``; ``auto``: the fastest that the device can run, printed at start."""
+    evaluation_window: WindowOptions | None = None
+    """What evaluation sees of documents that are longer than those of training; null: all of them, as training does."""
     norm_backend: Literal["torch", "auto", "apex"] = "torch"
     """What computes RMSNorm and SSNorm: PyTorch; ``auto``: fused kernels, in C++ on CPUs (built when first used) and Triton on GPUs, whose
     last bits differ; ``apex``: NVIDIA's package, RMSNorm on GPUs. Printed at start."""

@@ -132,6 +132,12 @@ def run_shape(config: RunConfig, model: ModelConfig, world_size: int) -> GridSha
     if degree is not None and degree not in accepted:
         numbers = ", ".join(map(str, accepted))
         raise ConfigError(f"planning.degree is {degree}; accepted with {shape.dp} data ranks and {heads} query heads on each: {numbers}")
+    largest = 1 if setup.config.planning.policy == "data_parallel" else degree or accepted[-1]
+    if setup.config.model.evaluation_window is not None and largest > heads:
+        raise ConfigError(
+            f"model.evaluation_window is set with blocks of up to {largest} ranks; accepted are planning.degree and "
+            f"planning.largest_degree of at most {heads}, the query heads of a rank: around a ring no rank has whole documents"
+        )
     return shape
 
 
@@ -153,9 +159,10 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
     layers, why_layers = layers_per_stage(setup, grid)
     tp = TensorParallel(grid.tp, config.parallel.sequence_parallel_activations)
     max_logits = None if config.optimizer.qk_clip is None else MaxLogits(setup.model, device)
+    window = config.model.evaluation_window
 
     def make() -> GPT:
-        return GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage], max_logits)
+        return GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage], max_logits, window)
 
     if config.optimizer.sharding == "zero3":
         model = partitioned(make, grid, dtype)
@@ -171,6 +178,7 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
         **describe_positions(config.model, setup.model),
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
         "attention": f"{attention} ({why_attention})",
+        **({"evaluation": str(window)} if window else {}),
         "norms": set_norm_backend(model, config.model.norm_backend, device, dtype),
         **_ring_attention(setup, grid, dtype),
         **apply_recipe(model, config, grid),

@@ -100,6 +100,7 @@ def test_resolved_yaml_leaves_the_shape_to_the_checkpoint(load: Load, tmp_path: 
         "rope_theta": None,
         "rope": None,
         "attention": "dense",
+        "evaluation_window": None,
         "norm_backend": "torch",
     }
     assert load_config(resolved) == config
