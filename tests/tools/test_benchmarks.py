@@ -19,6 +19,10 @@ TOOLS = Path(__file__).parents[2] / "tools"
             "bench_grids.py --grids 1 tp2 pp2 --hidden-size 64 --layers 2 --vocab-size 256 --tokens-per-pack 64 --rounds 1",
             ["tp2: pp 1 x dp 1 x tp 2", "pp2"],
         ),
+        (
+            "bench_prepacking.py --prompts 6 --median 20 --tokens-per-pack 128 --hidden-size 64 --layers 1 --vocab-size 64 --rounds 1",
+            ["megatron_ext, packed", "transformers, sorted, padded"],
+        ),
         ("bench_checkpoint.py --parameters 9000000 --rounds 1", ["deepspeed / megatron_ext", "convert"]),
     ],
 )

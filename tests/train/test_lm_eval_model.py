@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.train.quantized_model import build_rotated, read_weights
 from tests.train.text_model import MOST, TEXTS, save_text_model
 
+ADAPTER = "megatron_ext.train.lm_eval_model"
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 
 
@@ -33,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def adapter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module, over lm-eval or over stand-ins of the two classes that it needs."""
     if not INSTALLED:
         model, instance = ModuleType("lm_eval.api.model"), ModuleType("lm_eval.api.instance")
@@ -41,10 +43,9 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         stand_ins = {"lm_eval": ModuleType("lm_eval"), "lm_eval.api": ModuleType("lm_eval.api")}
         for name, module in {**stand_ins, "lm_eval.api.model": model, "lm_eval.api.instance": instance}.items():
             monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "megatron_ext.train.lm_eval_model", raising=False)
-    module = importlib.import_module("megatron_ext.train.lm_eval_model")
-    monkeypatch.setitem(sys.modules, "megatron_ext.train.lm_eval_model", module)
-    return module
+    sys.modules.pop(ADAPTER, None)
+    yield importlib.import_module(ADAPTER)
+    sys.modules.pop(ADAPTER, None)
 
 
 @pytest.fixture
