@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 workers=options.workers,
                 on_error=options.on_error,
                 append_eod=options.append_eod,
+                metadata=options.metadata,
                 progress=progress,
             )
     except (MegatronExtError, OSError) as error:
@@ -70,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end each document with the end-of-document token"
+    )
+    parser.add_argument(
+        "--metadata",
+        type=lambda text: text.replace("\\n", "\n"),
+        metavar="TEMPLATE",
+        help="also write PREFIX_KEY_metadata.bin and .idx: for each document a row of tokens of this text, with fields of the record in "
+        "braces, as in 'URL: {url}\\n\\n' (\\n is a line break); empty where a field is blank",
     )
     return parser
 

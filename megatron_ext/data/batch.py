@@ -73,6 +73,8 @@ def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vo
         tokens[begin:end] = read[:count]
         labels[begin : begin + len(read) - 1] = read[1:]
         loss_weight[begin : begin + len(read) - 1] = 1.0
+        # The last token of the metadata predicts the first of the document, those before it predict metadata.
+        loss_weight[begin : begin + min(max(0, piece.prefix - 1 - part.start), count)] = 0.0
         positions[begin:end] = np.arange(part.start, part.stop)
         sources[begin:end] = piece.source
     return PackedBatch(
@@ -89,11 +91,23 @@ def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vo
 
 
 def _read(corpus: Corpus, piece: Piece, start: int, stop: int, vocab_size: int) -> np.ndarray:
-    tokens = corpus.tokens(piece.document, piece.start + start, piece.start + stop)
+    """Tokens ``start`` to ``stop`` of a piece; ``stop`` may be one beyond it."""
+    first = piece.start - piece.prefix
+    inside = slice(max(first + start, piece.start), max(first + stop, piece.start))
+    tokens = corpus.tokens(piece.document, inside.start, inside.stop)
+    _check_vocabulary(tokens, f"{corpus.path}.bin", piece.document, vocab_size)
+    if start >= piece.prefix:
+        return tokens
+    assert corpus.metadata is not None, "the piece has some"
+    before = corpus.metadata.tokens(piece.document, start, min(stop, piece.prefix))
+    _check_vocabulary(before, str(corpus.metadata.bin_path), piece.document, vocab_size)
+    return np.concatenate((before.astype(np.int64), tokens))
+
+
+def _check_vocabulary(tokens: np.ndarray, path: str, document: int, vocab_size: int) -> None:
     if len(tokens) and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab_size):
         worst = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
         raise DataError(
-            f"{corpus.path}.bin, document {piece.document}: token {worst} is outside the model's vocabulary of {vocab_size}; "
+            f"{path}, document {document}: token {worst} is outside the model's vocabulary of {vocab_size}; "
             "the corpus was made with another tokenizer"
         )
-    return tokens

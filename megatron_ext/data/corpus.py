@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_ext.data.indexed import IndexedDataset
+from megatron_ext.data.metadata import read_metadata
 from megatron_ext.data.options import SourceOptions
 from megatron_ext.data.permutation import Permutation
 from megatron_ext.data.selection import Selection
@@ -25,14 +26,16 @@ class Piece:
     start: int
     stop: int
     has_next: bool
+    prefix: int = 0
+    """Tokens of metadata before the first of the document. They are read, and count as tokens of the piece, but are not predicted."""
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.prefix + self.stop - self.start
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens that have a label: all but the last of a document. Cutting a document loses none."""
-        return len(self) if self.has_next else len(self) - 1
+        """Tokens that are predicted: all of a document but the first, and that too behind metadata. Cutting a document loses none."""
+        return self.stop - self.start + self.has_next - (self.prefix == 0)
 
 
 class Corpus:
@@ -55,6 +58,7 @@ class Corpus:
         self.dataset = IndexedDataset(options.path)
         if self.dataset.num_tokens == 0:
             raise DataError(f"{options.path}.bin has no tokens (source {options.name!r})")
+        self.metadata = read_metadata(options, len(self.dataset)) if options.metadata else None
         self._selection = Selection(options, self.dataset, self.is_held_out) if options.selects else None
         self._order_is_random = options.order == "shuffled"
 
@@ -77,7 +81,9 @@ class Corpus:
     def fingerprint(self) -> object:
         """What decides which documents there are and their order, but for the seed and the split; a JSON value."""
         own = self.dataset.fingerprint()
-        return own if self._selection is None else [own, *self._selection.fingerprint()]
+        metadata = {} if self.metadata is None else {"metadata": self.metadata.fingerprint()}
+        selection = {} if self._selection is None else {"selection": self._selection.fingerprint()}
+        return [own, {**metadata, **selection}] if metadata or selection else own
 
     def positions(self, held_out: bool) -> int:
         """Positions of a run through one side of the split: documents of the other side are passed over."""
@@ -98,12 +104,33 @@ class Corpus:
         """Tokens ``start`` to ``stop`` of a document, in the dtype of the file."""
         return self.dataset.tokens(document, start, stop)
 
-    def pieces(self, source: int, seed: int, sequence_length: int, position: int, start: int) -> Iterator[tuple[int, Piece]]:
-        """Pieces of documents to train on, for ever, from token ``start`` of the document at ``position`` on; with their positions."""
+    def pieces(
+        self, source: int, seed: int, sequence_length: int, position: int, start: int, metadata: bool = True
+    ) -> Iterator[tuple[int, Piece]]:
+        """Pieces of documents to train on, for ever, from token ``start`` of the document at ``position`` on; with their positions.
+
+        ``metadata``: documents begin with theirs, where the source has any.
+
+        Raises:
+            DataError: the metadata of a document leave no room for it in a sequence.
+        """
         documents = self.shuffled(str(seed), position) if self._order_is_random else self._sorted(str(seed), position)
         for place, document in documents:
-            yield from ((place, piece) for piece in cut(source, document, self.length(document), sequence_length, start))
+            prefix = self._prefix(document, sequence_length) if metadata and start == 0 else 0
+            yield from ((place, piece) for piece in cut(source, document, self.length(document), sequence_length, start, prefix))
             start = 0
+
+    def _prefix(self, document: int, sequence_length: int) -> int:
+        """Tokens of metadata of a document, fewer than a sequence has."""
+        if self.metadata is None:
+            return 0
+        tokens = int(self.metadata.lengths[document])
+        if tokens >= sequence_length:
+            raise DataError(
+                f"{self.metadata.bin_path}: document {document} of source {self.name!r} has {tokens} tokens of metadata; "
+                f"accepted: fewer than data.sequence_length ({sequence_length})"
+            )
+        return tokens
 
     def is_held_out(self, document: int) -> bool:
         """True if the document belongs to validation."""
@@ -171,9 +198,9 @@ class _Reordered:
         return self.items[self.order[place]]
 
 
-def cut(source: int, document: int, length: int, sequence_length: int, start: int = 0) -> Iterator[Piece]:
-    """The pieces of at most ``sequence_length`` tokens of a document, from token ``start`` on."""
+def cut(source: int, document: int, length: int, sequence_length: int, start: int = 0, prefix: int = 0) -> Iterator[Piece]:
+    """The pieces of at most ``sequence_length`` tokens of a document, from token ``start`` on; the first with ``prefix`` of them before."""
     while start < length:
-        stop = min(start + sequence_length, length)
-        yield Piece(source, document, start, stop, has_next=stop < length)
-        start = stop
+        stop = min(start + sequence_length - prefix, length)
+        yield Piece(source, document, start, stop, stop < length, prefix)
+        start, prefix = stop, 0

@@ -38,16 +38,23 @@ class Mixture:
         shares: share of the tokens of each source; they are normalized if they are numbers.
         seed: chooses the order.
         sequence_length: longer documents are cut into consecutive pieces of this many tokens.
+        metadata: documents begin with their metadata, where a source has any.
         later: the stages that follow the one that the arguments above describe.
     """
 
     def __init__(
-        self, corpora: Sequence[Corpus], shares: Sequence[float] | Shares, seed: int, sequence_length: int, later: Sequence[Stage] = ()
+        self,
+        corpora: Sequence[Corpus],
+        shares: Sequence[float] | Shares,
+        seed: int,
+        sequence_length: int,
+        metadata: bool = True,
+        later: Sequence[Stage] = (),
     ) -> None:
         self.corpora = list(corpora)
         self.seed = seed
         first = ConstantShares.of(shares) if isinstance(shares, Sequence) else shares
-        self.stages = [Stage(0, sequence_length, first), *later]
+        self.stages = [Stage(0, sequence_length, first, metadata), *later]
         self.cursors = [Cursor() for _ in corpora]
         self._begin = 0
         """Tokens of the run at which the counts of the cursors begin."""
@@ -56,7 +63,7 @@ class Mixture:
     def copy(self) -> "Mixture":
         """A mixture that goes on from here by itself."""
         first, *later = self.stages
-        other = Mixture(self.corpora, first.shares, self.seed, first.sequence_length, later)
+        other = Mixture(self.corpora, first.shares, self.seed, first.sequence_length, first.metadata, later)
         other.load_state_dict(self.state_dict())
         return other
 
@@ -79,7 +86,8 @@ class Mixture:
     def _stream(self, source: int) -> Iterator[Piece]:
         """Pieces of a source from its cursor on. The cursor stands at the piece that was yielded last."""
         cursor = self.cursors[source]
-        pieces = self.corpora[source].pieces(source, self.seed, self.stage.sequence_length, cursor.position, cursor.start)
+        corpus, stage = self.corpora[source], self.stage
+        pieces = corpus.pieces(source, self.seed, stage.sequence_length, cursor.position, cursor.start, stage.metadata)
         for position, piece in pieces:
             cursor.position, cursor.start = position, piece.start
             yield piece
@@ -134,7 +142,7 @@ class Mixture:
         alike = first.shares.shares if isinstance(first.shares, ConstantShares) else [None] * len(self.corpora)
         sources = [[c.name, c.fingerprint(), c.held_out, share] for c, share in zip(self.corpora, alike, strict=True)]
         values = [STATE_VERSION, self.seed, first.sequence_length, sources]
-        if later or not isinstance(first.shares, ConstantShares):
+        if later or not first.metadata or not isinstance(first.shares, ConstantShares):
             values.append([asdict(stage) for stage in self.stages])
         return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
 

@@ -32,6 +32,9 @@ class SourceOptions:
     """Train on a fixed choice of documents with this many tokens, again and again; null: on all."""
     subset_by: Literal["hash", "score"] = "hash"
     """Which documents: random ones, or those with the highest ``scores``."""
+    metadata: str | None = None
+    """Path of a second pair, without its ending, with a row of tokens for each document, such as its URL. They stand before the document
+    and are not predicted."""
 
     def __post_init__(self) -> None:
         require(
@@ -120,6 +123,8 @@ class StageOptions:
     """Weights of ``sources`` by name; those not named keep theirs, 0 leaves a source out."""
     replay_share: float | None = None
     """Constant share of replay, between 0 and 1."""
+    metadata: bool = True
+    """Whether documents begin with the metadata of their source; false in the last stage lets the model do without them (cool-down)."""
 
     def __post_init__(self) -> None:
         weights = self.weights or {}
@@ -199,6 +204,8 @@ class DataOptions:
 
     def _stage_rules(self) -> Iterator[tuple[bool, str, object, str]]:
         names = [source.name for source in self.sources]
+        replayed = self.replay.sources if self.replay else []
+        has_metadata = any(source.metadata for source in [*self.sources, *replayed]) or bool(self.replay and self.replay.run)
         shares = 0.0
         for number, stage in enumerate(self.stages):
             shares += stage.share or 0.0
@@ -210,6 +217,7 @@ class DataOptions:
             yield stage.has_length or is_last, f"{key}.tokens", stage.tokens, "tokens or share in every stage but the last"
             yield not unknown, f"{key}.weights", unknown, f"names of data.sources: {', '.join(names)}"
             yield some, f"{key}.weights", stage.weights, "more than 0 for at least one source"
+            yield stage.metadata or has_metadata, f"{key}.metadata", stage.metadata, "true where no source has metadata"
             replays = stage.replay_share is None or self.replay is not None
             yield replays, f"{key}.replay_share", stage.replay_share, "null without data.replay"
 

@@ -12,6 +12,7 @@ from typing import IO
 from megatron_ext.data.blocks import Fault
 from megatron_ext.data.encode import BlockEncoder, EncodedBlock
 from megatron_ext.data.indexed_writer import IndexedDatasetWriter
+from megatron_ext.data.metadata import MetadataTemplate
 from megatron_ext.data.readers import find_sources, read_blocks, source_size
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.data.worker_pool import ordered_map
@@ -72,6 +73,7 @@ def preprocess(
     workers: int = 1,
     on_error: str = "fail",
     append_eod: bool = True,
+    metadata: str | None = None,
     progress: Callable[[Summary], None] = lambda summary: None,
 ) -> Summary:
     """Tokenize documents into ``OUTPUT_KEY_document.bin`` and ``.idx``, as Megatron names them.
@@ -86,6 +88,8 @@ def preprocess(
         workers: processes that tokenize.
         on_error: "fail" stops at the first record that cannot be read; "skip" counts it, and lists it in ``OUTPUT.skipped.jsonl``.
         append_eod: end each document with the end-of-document token.
+        metadata: template of a row of tokens for each document, with names of fields in braces, such as ``"URL: {url}\\n\\n"``; written
+            into ``OUTPUT_KEY_metadata.bin`` and ``.idx``. The row is empty where a field is blank.
         progress: called after every block.
 
     Raises:
@@ -102,13 +106,16 @@ def preprocess(
         total_bytes=sum(map(source_size, sources)),
         keys={key: KeySummary(f"{output}_{key}_document") for key in keys},
     )
-    encoder = BlockEncoder(tokenizer, tuple(keys), append_eod)
+    encoder = BlockEncoder(tokenizer, tuple(keys), append_eod, None if metadata is None else MetadataTemplate(metadata))
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedDatasetWriter(key.prefix, tokenizer.dtype)) for key in summary.keys.values()]
+        rows = [stack.enter_context(IndexedDatasetWriter(f"{output}_{key}_metadata", tokenizer.dtype)) for key in keys if metadata]
         report = stack.enter_context(_skipped_report(Path(f"{output}.skipped.jsonl"))) if on_error == "skip" else None
-        for block in ordered_map(encoder, read_blocks(sources, keys), workers):
+        for block in ordered_map(encoder, read_blocks(sources, encoder.fields), workers):
             _handle_faults(block.faults, report)
             _write(block, writers, summary)
+            for texts, writer in zip(block.texts, rows, strict=metadata is not None):
+                writer.add_many(*texts.metadata)
             progress(summary)
         if not summary.documents:
             raise DataError(f"{', '.join(map(str, inputs))}: no document with text in {len(sources)} files ({summary.skipped} unreadable)")

@@ -37,7 +37,7 @@ def describe_stages(setup: Setup) -> list[str]:
     lines = []
     for stage, end in zip(mixture.stages, ends, strict=True):
         tokens = min(end, setup.token_budget) - stage.begin
-        line = f"from {stage.begin:,} tokens: sequences of {stage.sequence_length:,}"
+        line = f"from {stage.begin:,} tokens: sequences of {stage.sequence_length:,}{'' if stage.metadata else ' without metadata'}"
         if tokens <= 0:
             lines.append(f"{line}, which the run does not reach")
             continue

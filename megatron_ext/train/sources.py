@@ -73,14 +73,14 @@ def build_mixture(config: RunConfig) -> Mixture:
     """The training mixture of a run. Raises ConfigError or DataError for sources that cannot be used."""
     corpora = [Corpus(each.source, each.held_out) for each in training_shares(config.data)]
     first, *later = build_stages(config.data, total_steps(config) * config.data.tokens_per_step)
-    return Mixture(corpora, first.shares, config.seed, first.sequence_length, later)
+    return Mixture(corpora, first.shares, config.seed, first.sequence_length, first.metadata, later)
 
 
 def build_stages(data: DataOptions, budget: int) -> list[Stage]:
     """The stages of a run of ``budget`` tokens; one if the options name none. Raises as ``training_shares``."""
     stages, begin = [], 0
     for options in data.stages or [StageOptions()]:
-        stages.append(Stage(begin, options.sequence_length or data.sequence_length, _shares(data, options)))
+        stages.append(Stage(begin, options.sequence_length or data.sequence_length, _shares(data, options), options.metadata))
         begin += options.tokens or round((options.share or 0.0) * budget)
     return stages
 

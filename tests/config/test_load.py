@@ -45,11 +45,11 @@ def test_overrides_reach_every_kind_of_value(load: Load) -> None:
         (
             "data.sources.0.wait=1",
             "data.sources.0.wait: no such key (its value: 1); accepted: name, path, weight, max_epochs, min_tokens, max_tokens, "
-            "scores, order, subset_tokens, subset_by; nearest: weight",
+            "scores, order, subset_tokens, subset_by, metadata; nearest: weight",
         ),
         (
             "data.replay={run: r, share: 0.1, shares: 3}",
-            "data.replay.shares: no such key (its value: 3); accepted: share, run, sources; nearest: share",
+            "data.replay.shares: no such key (its value: 3); accepted: share, run, sources, decay; nearest: share",
         ),
         ("train.zzz=1", "train.zzz: no such key (its value: 1); accepted: steps, tokens, *"),
     ],

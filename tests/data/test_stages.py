@@ -33,7 +33,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[Corpus]:
 
 
 def staged(corpora: Sequence[Corpus], seed: int = 1, later: Sequence[Stage] = LATER) -> Mixture:
-    return Mixture(corpora, (0.5, 0.3, 0.2), seed, 16, later)
+    return Mixture(corpora, (0.5, 0.3, 0.2), seed, 16, later=later)
 
 
 def steps(mixture: Mixture, count: int) -> list[list[Piece]]:
