@@ -132,8 +132,8 @@ def run_shape(config: RunConfig, model: ModelConfig, world_size: int) -> GridSha
     if degree is not None and degree not in accepted:
         numbers = ", ".join(map(str, accepted))
         raise ConfigError(f"planning.degree is {degree}; accepted with {shape.dp} data ranks and {heads} query heads on each: {numbers}")
-    largest = 1 if setup.config.planning.policy == "data_parallel" else degree or accepted[-1]
-    if setup.config.model.evaluation_window is not None and largest > heads:
+    largest = 1 if config.planning.policy == "data_parallel" else degree or accepted[-1]
+    if config.model.evaluation_window is not None and largest > heads:
         raise ConfigError(
             f"model.evaluation_window is set with blocks of up to {largest} ranks; accepted are planning.degree and "
             f"planning.largest_degree of at most {heads}, the query heads of a rank: around a ring no rank has whole documents"
