@@ -41,9 +41,11 @@ def dry_run(config: RunConfig, ranks: int | None = None, gib: float | None = Non
 
 
 def _missing(config: RunConfig) -> Iterator[str]:
+    absent: dict[str, list[Path]] = {}
     for key, path in files_of(config):
         if not path.exists():
-            yield f"{key}: {path}"
+            absent.setdefault(key, []).append(path)
+    yield from (f"{key}: {', '.join(map(str, paths))}" for key, paths in absent.items())
     weights = Path(config.model.init_from) if config.model.init_from else None
     if weights is not None and weights.is_dir() and not any(weights.glob("*.safetensors")):
         yield f"model.init_from: {weights}/*.safetensors"

@@ -40,7 +40,7 @@ def test_overrides_reach_every_kind_of_value(load: Load) -> None:
     [
         ("optimizer.lrr=1", "optimizer.lrr: no such key (its value: 1); accepted: rule, routes, lr, *; nearest: lr"),
         ("optimiser.lr=1", "optimiser: no such key (its value: {'lr': 1}); accepted: run_dir, *; nearest: optimizer"),
-        ("warmup=1", "warmup: no such key (its value: 1); accepted: run_dir, *; nearest: schedule.warmup_steps"),
+        ("warmup_step=1", "warmup_step: no such key (its value: 1); accepted: run_dir, *; nearest: schedule.warmup_steps"),
         ("lr=1", "lr: no such key (its value: 1); accepted: run_dir, *; nearest: optimizer.lr"),
         (
             "data.sources.0.wait=1",
