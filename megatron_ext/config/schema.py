@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from megatron_ext.checkpoint.options import CheckpointOptions
 from megatron_ext.config.deepspeed_keys import check_deepspeed_section
+from megatron_ext.config.objective_options import DistillationOptions, LossWeightingOptions
 from megatron_ext.config.run_options import EvaluationOptions, LoggingOptions, TrainOptions
 from megatron_ext.data.options import DataOptions
 from megatron_ext.model.options import ModelOptions
@@ -34,6 +35,10 @@ class RunConfig(BaseModel):
     precision: PrecisionOptions = Field(default_factory=PrecisionOptions)
     optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = Field(default_factory=ScheduleOptions)
+    distillation: DistillationOptions | None = None
+    """A teacher beside the model; null: none."""
+    loss_weighting: LossWeightingOptions | None = None
+    """Weights of documents by their losses; null: none."""
     train: TrainOptions
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
     logging: LoggingOptions = Field(default_factory=LoggingOptions)
@@ -77,6 +82,12 @@ class RunConfig(BaseModel):
                 "model.norm.kind",
                 self.model.norm.kind,
                 f"a kind without statistics of tokens with optimizer.sharding {sharding}: only whole_tensor updates them",
+            ),
+            (
+                self.distillation is None or sharding != "zero3",
+                "distillation",
+                "set",
+                "null with optimizer.sharding zero3, which has no whole output matrix to compare predictions by",
             ),
             (has_vocabulary, "tokenizer", self.tokenizer, "a directory; null with model.init_from or model.vocab_size"),
         )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_ext.data.corpus import Corpus, Piece
+from megatron_ext.data.loss_weights import LossWeights
 from megatron_ext.errors import DataError
 from megatron_ext.planning import Pack
 
@@ -46,7 +47,14 @@ class PackedBatch:
         return self.tokens, self.positions, self.cu_seqlens, self.max_seqlen, self.labels, self.loss_weight
 
 
-def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vocab_size: int, place: int = 0) -> PackedBatch:
+def read_pack(
+    pack: Pack,
+    pieces: Sequence[Piece],
+    corpora: Sequence[Corpus],
+    vocab_size: int,
+    place: int = 0,
+    weights: LossWeights | None = None,
+) -> PackedBatch:
     """Read one rank's part of the documents of one pack from disk.
 
     Args:
@@ -55,6 +63,7 @@ def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vo
         pieces: the pieces of the step.
         corpora: the sources that the pieces refer to.
         vocab_size: rows of the embedding.
+        weights: of the losses; None: 1.
 
     Raises:
         DataError: a token is not in the vocabulary, with the file and the document.
@@ -72,9 +81,11 @@ def read_pack(pack: Pack, pieces: Sequence[Piece], corpora: Sequence[Corpus], vo
         count = end - begin
         tokens[begin:end] = read[:count]
         labels[begin : begin + len(read) - 1] = read[1:]
-        loss_weight[begin : begin + len(read) - 1] = 1.0
-        # The last token of the metadata predicts the first of the document, those before it predict metadata.
-        loss_weight[begin : begin + min(max(0, piece.prefix - 1 - part.start), count)] = 0.0
+        first = piece.start - piece.prefix + part.start + 1  # token of the document that is predicted first; before 0 lie metadata
+        masked = max(0, min(piece.first_predicted - first, len(read) - 1))
+        predicted = slice(first + masked, first + len(read) - 1)
+        weight = 1.0 if weights is None else weights.of(part.document, piece, predicted)
+        loss_weight[begin + masked : begin + len(read) - 1] = weight
         positions[begin:end] = np.arange(part.start, part.stop)
         sources[begin:end] = piece.source
     return PackedBatch(

@@ -33,9 +33,14 @@ class Piece:
         return self.prefix + self.stop - self.start
 
     @property
+    def first_predicted(self) -> int:
+        """First token of the document that is predicted: the one behind the first that is read, or behind metadata."""
+        return self.start + (self.prefix == 0)
+
+    @property
     def loss_tokens(self) -> int:
         """Tokens that are predicted: all of a document but the first, and that too behind metadata. Cutting a document loses none."""
-        return self.stop - self.start + self.has_next - (self.prefix == 0)
+        return self.stop + self.has_next - self.first_predicted
 
 
 class Corpus:
@@ -51,6 +56,7 @@ class Corpus:
     """
 
     def __init__(self, options: SourceOptions, held_out: float = 0.0) -> None:
+        self.options = options
         self.name = options.name
         self.path = options.path
         self.max_epochs = options.max_epochs

@@ -35,6 +35,10 @@ class SourceOptions:
     metadata: str | None = None
     """Path of a second pair, without its ending, with a row of tokens for each document, such as its URL. They stand before the document
     and are not predicted."""
+    document_weights: str | None = None
+    """A .npy file of float32, a weight of at least 0 for the losses of each document, in the order of the .idx; null: 1."""
+    token_weights: str | None = None
+    """A .npy file of float32, a weight of at least 0 for the loss of each token of the .bin, with which it is predicted; null: 1."""
 
     def __post_init__(self) -> None:
         require(

@@ -81,6 +81,8 @@ class GPT(nn.Module):
         self.precision: PrecisionState | None = None
         self.observe_head: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
         """Told by ``loss`` what it is computed from: the head's input, its matrix (this rank's rows), labels and weights."""
+        self.extend_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        """Given the sum of the weighted losses, the head's input and its matrix by ``loss``, which returns what this makes of the sum."""
         self.stage = stage or whole_model(config.num_layers)
         self.model = Decoder(config, attention, recompute, self.tp, self.stage, max_logits)
         has_head = self.stage.is_last and not config.tie_embeddings
@@ -94,8 +96,8 @@ class GPT(nn.Module):
         assert head is not None, "the last stage has a head"
         return head.weight
 
-    def _head(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Hidden states and output matrix whose product are the logits; a bias is one more column, against ones."""
+    def head_operands(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Hidden states and output matrix whose product are the logits; a bias is one more column, against ones. ``x`` as in ``loss``."""
         hidden, weight = self.head_input(x, tokens), self.head_weight
         if self.lm_head is None or self.lm_head.bias is None:
             return hidden, weight
@@ -143,10 +145,11 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor, loss_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a pack from the residual stream after the last block; arguments and results as in ``forward``. Only on the last stage."""
-        hidden, weight = self._head(x, len(labels))
+        hidden, weight = self.head_operands(x, len(labels))
         if self.observe_head is not None:
             self.observe_head(hidden, weight, labels, loss_weight)
-        return linear_cross_entropy(hidden, weight, labels, loss_weight, self.tp.rows(self.config.vocab_size), self.tp.group)
+        loss, token_loss = linear_cross_entropy(hidden, weight, labels, loss_weight, self.tp.rows(self.config.vocab_size), self.tp.group)
+        return loss if self.extend_loss is None else self.extend_loss(loss, hidden, weight), token_loss
 
     def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, places: Tensor | None = None) -> Tensor:
         """This rank's columns of the logits [T, V] in the model's dtype, on one stage; arguments as in ``forward``.
@@ -154,7 +157,7 @@ class GPT(nn.Module):
         ``places``, int64 [n], are the tokens whose logits [n, V] are wanted, where activations are not divided by tokens; None: all.
         """
         x = self.blocks(self.embed(tokens), self.context(positions, cu_seqlens, max_seqlen))
-        return F.linear(*(self._head(x, len(tokens)) if places is None else self._head(x[places], len(places))))
+        return F.linear(*(self.head_operands(x, len(tokens)) if places is None else self.head_operands(x[places], len(places))))
 
     def forward(
         self,

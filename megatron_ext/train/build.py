@@ -10,6 +10,7 @@ import torch
 from megatron_ext.checkpoint.hf import load_hf_weights, read_hf_tensors
 from megatron_ext.checkpoint.hf_config import config_to_hf
 from megatron_ext.config import RunConfig, deepspeed_config, total_steps
+from megatron_ext.data.loss_weights import SourceWeights, source_weights
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.tokenizer import Tokenizer, copy_tokenizer_files, load_tokenizer
 from megatron_ext.data.validation import ValidationSet, validation_sets
@@ -36,10 +37,12 @@ from megatron_ext.parallel.pipeline import balanced, stages
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.parallel.world import World
 from megatron_ext.precision.recipe import Recipe
+from megatron_ext.train.distillation import Distillation
 from megatron_ext.train.engine import Engine, owner_engine, zero_engine
 from megatron_ext.train.layer_times import measure_layers
 from megatron_ext.train.logit_clip import LogitClip
 from megatron_ext.train.methods import update_extensions
+from megatron_ext.train.objective import check_objective
 from megatron_ext.train.positions import checkpoint_model, describe_positions
 from megatron_ext.train.precision import apply_recipe
 from megatron_ext.train.running_norms import RunningNormUpdate
@@ -59,6 +62,8 @@ class Setup:
     validation: list[ValidationSet]
     routes: dict[str, RuleName]
     """The update rule of every parameter."""
+    loss_weights: SourceWeights | None
+    """Of the losses, as sources bring them; None: 1."""
 
     @property
     def tokens_per_pack(self) -> int:
@@ -105,7 +110,9 @@ def prepare(config: RunConfig) -> Setup:
         raise ConfigError(f"optimizer.qk_clip is {config.optimizer.qk_clip}; accepted is null with model.qk_norm, which bounds the logits")
     linear_recipes(model, Recipe(config.precision))
     routes = route(parameter_shapes(model), config.optimizer)
-    setup = Setup(config, model, Path(tokenizer_dir) if tokenizer_dir else None, tokenizer, mixture, validation, routes)
+    check_objective(config, model, [corpus.name for corpus in mixture.corpora])
+    weights = source_weights(mixture.corpora)
+    setup = Setup(config, model, Path(tokenizer_dir) if tokenizer_dir else None, tokenizer, mixture, validation, routes, weights)
     mixture.check_epochs(setup.token_budget)
     return setup
 
@@ -227,15 +234,15 @@ def layers_per_stage(setup: Setup, grid: Grid) -> tuple[list[int], str]:
     return balanced(model.num_layers, options.pp, model.block_parameters, embedding, embedding), "balanced by parameters"
 
 
-def build_engine(setup: Setup, model: GPT, grid: Grid) -> Engine:
-    """The engine with the optimizer that the configuration asks for."""
+def build_engine(setup: Setup, model: GPT, grid: Grid, distillation: Distillation | None = None) -> Engine:
+    """The engine with the optimizer that the configuration asks for, which tells ``distillation`` of every pack."""
     options, sources = setup.config.optimizer, len(setup.mixture.corpora)
     settings = deepspeed_config(setup.config, grid.shape.dp)
     shares = setup.config.planning.policy != "data_parallel"
     if options.sharding == "whole_tensor":
         optimizer = build_optimizer(model, options, grid, shares, setup.config.seed)
-        return owner_engine(model, optimizer, grid, settings, sources)
-    return zero_engine(model, options, grid, settings, sources)
+        return owner_engine(model, optimizer, grid, settings, sources, distillation)
+    return zero_engine(model, options, grid, settings, sources, distillation)
 
 
 def build_optimizer(model: GPT, options: OptimizerOptions, grid: Grid, shares_packs: bool = False, seed: int = 0) -> ShardedOptimizer:

@@ -11,6 +11,7 @@ from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning import Pack, Plan
+from megatron_ext.train.distillation import Distillation
 from megatron_ext.train.losses import LossSums
 from megatron_ext.train.packs import Packs
 from megatron_ext.train.passes import WholePasses
@@ -24,6 +25,7 @@ class StepResult:
 
     loss_sums: torch.Tensor
     loss_tokens: torch.Tensor
+    """Sums of the weights of the losses: their numbers where weights are 1."""
     grad_norm: float
     skipped: bool
     flags: torch.Tensor
@@ -35,8 +37,8 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Mean loss of all tokens of the step that have a label, in nats."""
-        return float(self.loss_sums.sum() / self.loss_tokens.sum().clamp(min=1.0))
+        """Mean loss of all tokens of the step that have a label, in nats; with weights, the weighted mean."""
+        return float(self.loss_sums.sum()) / (float(self.loss_tokens.sum()) or 1.0)
 
 
 class Passes(Protocol):
@@ -108,18 +110,19 @@ class Engine:
             self.grid.ring(degree, ring)
         return plan.packs_of(self.grid.dp.rank)
 
-    def step(self, packs: Packs, step_loss_tokens: int, flags: torch.Tensor) -> StepResult:
+    def step(self, packs: Packs, loss_weight: float, flags: torch.Tensor) -> StepResult:
         """Accumulate the gradients of ``packs`` and update.
 
         Args:
             packs: of this rank, as ``packs_of`` says.
-            step_loss_tokens: labelled tokens of the whole step over all ranks: the denominator of the loss.
+            loss_weight: sum of the weights of the losses of the whole step over all ranks: the denominator of the loss. Where all are 1,
+                the number of labelled tokens.
             flags: float64 [n]: small values to be summed over the ranks on the way.
         """
         losses = LossSums(self._num_sources)
         before = self.grid.traffic.exchange_seconds
         self.optimizer.expect_backwards(len(packs))
-        self._passes.train(packs, float(max(1, step_loss_tokens)), losses)
+        self._passes.train(packs, float(loss_weight) or 1.0, losses)
         exchange_seconds = self.grid.traffic.exchange_seconds - before
         mine = torch.tensor([self.optimizer.orthogonalizations, exchange_seconds], dtype=torch.float64)
         sums, beside = losses.over(self.grid, torch.cat([flags, mine]))
@@ -153,13 +156,30 @@ class Engine:
         self._passes.close()
 
 
-def owner_engine(model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any], num_sources: int) -> Engine:
-    """An engine whose optimizer owns whole rows or tensors; the other arguments as of ``Engine`` and ``deepspeed.initialize``."""
+def owner_engine(
+    model: GPT,
+    optimizer: ShardedOptimizer,
+    grid: Grid,
+    deepspeed_config: dict[str, Any],
+    num_sources: int,
+    distillation: Distillation | None = None,
+) -> Engine:
+    """An engine whose optimizer owns whole rows or tensors; the other arguments as of ``Engine`` and ``deepspeed.initialize``.
+
+    ``distillation``: of ``model``, which is told of every pack.
+    """
     passes = PipelinePasses if grid.shape.pp > 1 else WholePasses
-    return Engine(passes(model, optimizer, grid, deepspeed_config), optimizer, grid, num_sources)
+    return Engine(passes(model, optimizer, grid, deepspeed_config, distillation), optimizer, grid, num_sources)
 
 
-def zero_engine(model: GPT, options: OptimizerOptions, grid: Grid, deepspeed_config: dict[str, Any], num_sources: int) -> Engine:
-    """An engine with AdamW under DeepSpeed's ZeRO, of the stage that ``options`` say."""
-    passes = ZeroPasses(model, options, grid, deepspeed_config)
+def zero_engine(
+    model: GPT,
+    options: OptimizerOptions,
+    grid: Grid,
+    deepspeed_config: dict[str, Any],
+    num_sources: int,
+    distillation: Distillation | None = None,
+) -> Engine:
+    """An engine with AdamW under DeepSpeed's ZeRO, of the stage that ``options`` say; ``distillation`` as in ``owner_engine``."""
+    passes = ZeroPasses(model, options, grid, deepspeed_config, distillation)
     return Engine(passes, passes.optimizer, grid, num_sources)

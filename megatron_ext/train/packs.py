@@ -6,6 +6,7 @@ from typing import Protocol
 
 from megatron_ext.data.batch import PackedBatch, read_pack
 from megatron_ext.data.corpus import Corpus, Piece
+from megatron_ext.data.loss_weights import LossWeights
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.parallel.sequence import Sharing
 from megatron_ext.planning import Pack
@@ -31,12 +32,17 @@ class PlannedPacks:
     vocab_size: int
     rank: int
     """Of the data ranks, the one that reads."""
+    weights: LossWeights | None = None
+    """Of the losses; None: 1."""
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        return (read_pack(pack, self.pieces, self.corpora, self.vocab_size, self.rank - pack.first_rank) for pack in self.packs)
+        return map(self._read, self.packs)
+
+    def _read(self, pack: Pack) -> PackedBatch:
+        return read_pack(pack, self.pieces, self.corpora, self.vocab_size, self.rank - pack.first_rank, self.weights)
 
 
 @dataclass(frozen=True)

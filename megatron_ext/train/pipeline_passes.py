@@ -24,7 +24,9 @@ from megatron_ext.data.batch import PackedBatch
 from megatron_ext.model.gpt import GPT
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.grid import Grid
+from megatron_ext.parallel.sequence import Sharing
 from megatron_ext.train.deepspeed_setup import join_deepspeed, silenced
+from megatron_ext.train.distillation import Distillation
 from megatron_ext.train.losses import LossSums
 from megatron_ext.train.packs import Packs, sharing_of
 
@@ -57,20 +59,33 @@ class PackFeed:
 
 
 class PipelineStage(nn.Module):
-    """The layers of this rank as the one layer of a stage: tokens or hidden states in, hidden states out."""
+    """The layers of this rank as the one layer of a stage: tokens or hidden states in, hidden states out.
 
-    def __init__(self, model: GPT, grid: Grid) -> None:
+    A teacher's hidden states travel beside those of the model.
+    """
+
+    def __init__(self, model: GPT, grid: Grid, distillation: Distillation | None) -> None:
         super().__init__()
         self.model = model
-        self._grid = grid
+        self._grid, self._distillation = grid, distillation
         self.feed: PackFeed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens [T] on the first stage, elsewhere the residual stream, to the residual stream."""
         assert self.feed is not None, "a schedule runs on a feed"
         pack = self.feed.to_compute()
-        x = self.model.embed(x) if self.model.stage.is_first else x
         sharing = sharing_of(pack, self._grid)
+        if self._distillation is None or not self._distillation.active:
+            return self._blocks(x, pack, sharing)
+        arrived = None
+        if not self.model.stage.is_first:
+            x, arrived = self._distillation.receive(x)
+        self._distillation.begin_pack(pack, sharing, arrived)
+        x = self._blocks(x, pack, sharing)
+        return x if self.model.stage.is_last else self._distillation.hand_on(x)
+
+    def _blocks(self, x: Tensor, pack: PackedBatch, sharing: Sharing | None) -> Tensor:
+        x = self.model.embed(x) if self.model.stage.is_first else x
         return self.model.blocks(x, self.model.context(pack.positions, pack.cu_seqlens, pack.max_seqlen, sharing))
 
 
@@ -91,14 +106,21 @@ class PipelineLoss:
 
 
 class PipelinePasses:
-    """See ``Passes``. The arguments are those of ``Engine``."""
+    """See ``Passes``. The arguments are those of ``owner_engine``."""
 
     in_rounds = True
     pack_seconds = 0.0
 
-    def __init__(self, model: GPT, optimizer: ShardedOptimizer, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: ShardedOptimizer,
+        grid: Grid,
+        deepspeed_config: dict[str, Any],
+        distillation: Distillation | None = None,
+    ) -> None:
         join_deepspeed(grid.world)
-        self._stage, self._loss = PipelineStage(model, grid), PipelineLoss(model)
+        self._stage, self._loss = PipelineStage(model, grid, distillation), PipelineLoss(model)
         shape = grid.shape
         with silenced():
             pipeline = PipelineModule(

@@ -4,7 +4,7 @@ import base64
 import platform
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.checkpoint.save import CheckpointWriter
 from megatron_ext.config import Change, changes, monitor_config, settings, total_steps
 from megatron_ext.data.corpus import Piece
+from megatron_ext.data.loss_weights import LossWeights, total_weight
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.optim.state_change import describe_changes
@@ -31,14 +32,17 @@ from megatron_ext.train.costs import cost_model
 from megatron_ext.train.data_events import DataWatch
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
+from megatron_ext.train.loss_weighting import build_loss_weighting
 from megatron_ext.train.metrics import METRICS_FILE, MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
 from megatron_ext.train.needle_evaluation import NeedleEvaluation
+from megatron_ext.train.objective import check_same_objective, objective_state
 from megatron_ext.train.packs import PlannedPacks
 from megatron_ext.train.precision import switch_target
 from megatron_ext.train.probes import Reading, build_probes
 from megatron_ext.train.step_plans import StepPlan, StepPlanner
 from megatron_ext.train.stopping import StopRequest
+from megatron_ext.train.teacher import build_distillation
 
 CHECKPOINTS = "checkpoints"
 MOST_PACKS_WRITTEN = 4096
@@ -62,8 +66,11 @@ class Trainer:
         self.model, self.chosen = build_model(setup, grid)
         assert self.model.precision is not None, "build_model gives it"
         self.precision = self.model.precision
-        self.engine = build_engine(setup, self.model, grid)
+        self.distillation = build_distillation(self.config, self.model, list(self.tokens_by_source), grid)
+        self.engine = build_engine(setup, self.model, grid, self.distillation)
         self.optimizer = self.engine.optimizer
+        self.objective = objective_state(self.config, setup.loss_weights)
+        self.loss_weighting = build_loss_weighting(self.config, list(self.tokens_by_source), self.engine)
         self.probes = build_probes(self.config, self.model, grid)
         self.monitors = Monitors(monitor_config(self.config))
         self.cost, why_cost = cost_model(setup, grid.shape, self.world.device, next(self.model.parameters()).dtype)
@@ -150,8 +157,9 @@ class Trainer:
         packs = PlannedPacks(mine, pieces, self.setup.mixture.corpora, self.setup.model.vocab_size, self.grid.dp.rank)
         if self.precision.begin_step(self.step, self.tokens):
             self._say_switched()
+        packs, loss_weight = self._weighted(packs)
         with self._watched() as reading:
-            result = self.engine.step(packs, sum(piece.loss_tokens for piece in pieces), asked)
+            result = self.engine.step(packs, loss_weight, asked)
         self.precision.end_step()
         if self._due(self.config.train.check_replicas_every):
             self.optimizer.check_replicas()
@@ -168,6 +176,16 @@ class Trainer:
             self.metrics.write("probe", step=self.step, tokens=self.tokens, **reading.record)
             self.monitors.write([(name, value, self.step) for name, value in reading.events()])
         return bool(result.flags[0] > 0)
+
+    def _weighted(self, packs: PlannedPacks) -> tuple[PlannedPacks, float]:
+        """The packs with the weights of their losses, and the sum of those of the whole step."""
+        weights: LossWeights | None = self.setup.loss_weights
+        if self.loss_weighting is not None:
+            weights = self.loss_weighting.weights(self.step, packs, weights)
+        loss_weight = total_weight(packs.pieces, weights)
+        if self.distillation is not None:
+            self.distillation.begin_step(self.step, loss_weight)
+        return replace(packs, weights=weights), loss_weight
 
     def _watched(self) -> AbstractContextManager[Reading | None]:
         """Around the step, which is looked into if it is its turn."""
@@ -226,7 +244,8 @@ class Trainer:
         """Of each rule beside adamw: its learning rate; and how many matrices were orthogonalized."""
         rates = {name: factor * self.config.optimizer.base_lr(name) for name in sorted(self.config.optimizer.rules)}
         rules = {"lr_by_rule": rates, "orthogonalizations": result.orthogonalizations} if rates else {}
-        return rules | self.optimizer.records()
+        methods = [method for method in (self.distillation, self.loss_weighting) if method is not None]
+        return rules | self.optimizer.records() | {key: value for method in methods for key, value in method.records().items()}
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -306,6 +325,7 @@ class Trainer:
             "cost_correction": self.correction.state(),
             "routes": self.setup.routes,
             "precision": self.precision.saved(),
+            "objective": self.objective,
             "versions": _versions(),
         }
 
@@ -327,6 +347,7 @@ class Trainer:
         self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
         self.tokens_by_source |= {name: n for name, n in state["tokens_by_source"].items() if name in self.tokens_by_source}
         self.optimizer.updates = state["updates"]
+        check_same_objective(state.get("objective"), self.objective, self.config.checkpoint.allow_changed_data)
         self.correction.load(state.get("cost_correction"))
         self.precision.load(state.get("precision"))
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))

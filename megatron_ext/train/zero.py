@@ -34,6 +34,7 @@ from megatron_ext.optim.state_change import StateChange
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.parallel.placement import Placement, whole_box
 from megatron_ext.train.deepspeed_setup import join_deepspeed, silenced
+from megatron_ext.train.distillation import Distillation
 from megatron_ext.train.losses import LossSums
 from megatron_ext.train.packs import Packs
 from megatron_ext.train.passes import WholePasses
@@ -152,11 +153,18 @@ class ZeroOptimizer:
 
 
 class ZeroPasses(WholePasses):
-    """See ``Passes``. Arguments as of ``Engine``, with the options of the optimizer, which DeepSpeed makes its own of."""
+    """See ``Passes``. Arguments as of ``zero_engine``, with the options of the optimizer, which DeepSpeed makes its own of."""
 
     in_rounds = True
 
-    def __init__(self, model: GPT, options: OptimizerOptions, grid: Grid, deepspeed_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        options: OptimizerOptions,
+        grid: Grid,
+        deepspeed_config: dict[str, Any],
+        distillation: Distillation | None = None,
+    ) -> None:
         join_deepspeed(grid.world)
         groups = decay_groups(model.named_parameters(), options.weight_decay, parameter_shapes(model.config))
         members = [list(group["params"]) for group in groups]
@@ -165,7 +173,7 @@ class ZeroPasses(WholePasses):
         with silenced():
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=rule, config=config, dist_init_required=False)
         _begin_state(rule, members, self._engine)
-        self._grid, self._device = grid, grid.world.device
+        self._grid, self._device, self._distillation = grid, grid.world.device, distillation
         self._parameters = dict(model.named_parameters())
         self.optimizer = ZeroOptimizer(model, rule, self._engine, grid)
 
