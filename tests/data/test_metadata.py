@@ -1,6 +1,7 @@
 """Metadata before documents: read, counted and never predicted; given up in a later stage; written beside the documents."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_ext.data.batch import read_pack
 from megatron_ext.data.corpus import Corpus, Piece, cut
 from megatron_ext.data.indexed import IndexedDataset
+from megatron_ext.data.loss_weights import source_weights, total_weight
 from megatron_ext.data.metadata import MetadataTemplate
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.options import DataOptions, SourceOptions
@@ -119,6 +121,25 @@ def test_the_loss_is_that_of_the_document_given_its_metadata(corpus: Corpus) -> 
         changed = [batch.tokens.clone(), *batch.model_inputs[1:]]
         changed[0][0] = (changed[0][0] + 1) % VOCAB
         assert float(model(*changed)[0]) != masked, "metadata are read"
+
+
+def test_weights_of_tokens_are_those_of_the_document_behind_its_metadata(corpus: Corpus, tmp_path: Path) -> None:
+    np.save(tmp_path / "weights.npy", np.arange(1, corpus.dataset.num_tokens + 1, dtype=np.float32))
+    weighted = Corpus(replace(corpus.options, token_weights=str(tmp_path / "weights.npy")))
+    weights, pieces = source_weights([weighted]), [piece for piece in epoch_of(weighted) if len(piece)]
+    pack = Pack(0, 1, tuple(Slice(number, 0, len(piece)) for number, piece in enumerate(pieces)))
+    found = read_pack(pack, pieces, [weighted], VOCAB, weights=weights).loss_weight.tolist()
+    starts = np.cumsum(weighted.dataset.lengths) - weighted.dataset.lengths
+    predicted = [number for number in found if number]
+    expected = [
+        starts[piece.document] + token + 1
+        for piece in pieces
+        for token in range(piece.start + (piece.prefix == 0), piece.stop + piece.has_next)
+    ]
+    assert predicted == expected and any(piece.prefix > 1 for piece in pieces)
+    assert total_weight(pieces, weights) == sum(expected)
+    halves = [read_pack(Pack(0, 2, pack.slices), pieces, [weighted], VOCAB, place, weights).loss_weight.tolist() for place in (0, 1)]
+    assert sum(map(sum, halves)) == sum(expected)
 
 
 def staged(corpus: Corpus) -> Mixture:
