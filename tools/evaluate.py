@@ -4,6 +4,9 @@
     python tools/evaluate.py --model runs/mine/checkpoints/step_00001000 --data data/prose_text_document data/code_text_document
     python tools/evaluate.py --model runs/mine/checkpoints/step_00001000 --tasks lambada_openai arc_easy --limit 200
 
+With --local-tokens the texts of --data may be longer than those of training: each token sees the first and the last tokens only, at
+distances that training knew (LM-Infinite).
+
 Tasks need the extra: pip install 'megatron_ext[eval]'. They load their data as lm-eval does; --include-path adds tasks of your own.
 Prompts are packed, not padded, which changes no result.
 """
@@ -24,6 +27,7 @@ from megatron_ext.config.run_options import EvaluationOptions
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import ConfigError, MegatronExtError
 from megatron_ext.model.gpt import GPT
+from megatron_ext.model.window_options import WindowOptions
 from megatron_ext.parallel.device import DTYPES, describe, local_device
 from megatron_ext.train.evaluation import EvaluationResult, evaluate_alone
 from megatron_ext.train.evaluation_packs import evaluation_packs
@@ -49,9 +53,10 @@ def _check(options: argparse.Namespace) -> None:
     EvaluationOptions(tokens=options.tokens, position_buckets=options.position_buckets)
     if not (options.data or options.tasks):
         raise ConfigError("nothing to evaluate; accepted: --data, --tasks, or both")
-    if min(options.sequence_length, options.tokens_per_pack) < 2:
+    if min(options.sequence_length or 2, options.tokens_per_pack) < 2:
         numbers = f"--sequence-length {options.sequence_length} --tokens-per-pack {options.tokens_per_pack}"
         raise ConfigError(f"{numbers}; accepted: at least 2")
+    _window(options)
     if not options.output.absolute().parent.is_dir():
         raise ConfigError(f"--output {options.output}: there is no directory {options.output.parent}")
 
@@ -60,7 +65,9 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     device = local_device()
     weights, config = read_weights(options.model)
     model = build_rotated(weights, config, "none", 0, device, DTYPES[options.dtype])
-    console.print(f"{options.model}: {config.num_parameters():,} parameters, {options.dtype}, {describe(device)}", soft_wrap=True)
+    model.window = _window(options)
+    sees = f"; attention: {model.window}" if model.window else ""
+    console.print(f"{options.model}: {config.num_parameters():,} parameters, {options.dtype}, {describe(device)}{sees}", soft_wrap=True)
     losses = [_loss(options, model, data) for data in options.data]
     if losses:
         console.print(_loss_table(losses))
@@ -71,8 +78,14 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"settings": settings, "losses": [{**asdict(each), "perplexity": each.perplexity} for each in losses], "tasks": tasks}
 
 
+def _window(options: argparse.Namespace) -> WindowOptions | None:
+    return None if options.local_tokens is None else WindowOptions(options.local_tokens, options.global_tokens)
+
+
 def _loss(options: argparse.Namespace, model: GPT, data: str) -> EvaluationResult:
-    length = min(options.sequence_length, model.config.max_position)
+    longest = model.config.max_position
+    length = options.sequence_length or longest
+    length = length if model.window else min(length, longest)
     packs = evaluation_packs(data, options.tokenizer or options.model, length, options.tokens, model.config.vocab_size)
     device = next(model.parameters()).device
     return evaluate_alone(model, Path(data).name, [pack.to(device) for pack in packs], options.position_buckets)
@@ -143,7 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (default: that of --model)")
     parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="of each of --data (default: %(default)s)")
     parser.add_argument(
-        "--sequence-length", type=int, default=1 << 20, metavar="N", help="of a piece of a document (default: what the model takes)"
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="of a piece of a document (default, and at most without a window: what the model takes)",
+    )
+    parser.add_argument("--local-tokens", type=int, metavar="N", help="see only the first and so many of the last tokens (default: all)")
+    parser.add_argument(
+        "--global-tokens", type=int, default=16, metavar="N", help="of the first tokens with --local-tokens (default: %(default)s)"
     )
     parser.add_argument(
         "--position-buckets",

@@ -36,7 +36,5 @@ class WindowOptions:
         return self.max_distance or self.local_tokens
 
     def __str__(self) -> str:
-        return (
-            f"first {self.global_tokens:,} and last {self.local_tokens:,} tokens of a document, distances up to {self.longest_distance:,}, "
-            "in evaluation only"
-        )
+        seen = f"first {self.global_tokens:,} and last {self.local_tokens:,} tokens of a document"
+        return f"{seen}, distances up to {self.longest_distance:,}"

@@ -28,7 +28,7 @@ def test_training_is_untouched_and_every_grid_evaluates_alike(
     run_ranks(1, train, write_run(tmp_path / "plain", **KEYS))
     for name, (ranks, changes) in GRIDS.items():
         run_ranks(ranks, train, write_run(tmp_path / name, **KEYS, **WINDOW, **changes))
-    said = "first 2 and last 8 tokens of a document, distances up to 8, in evaluation only"
+    said = "first 2 and last 8 tokens of a document, distances up to 8\n"
     assert capfd.readouterr().out.count(said) == len(GRIDS)
     assert losses(tmp_path / "alone/run") == losses(tmp_path / "plain/run"), "to the bit"
     windowed, plain = evaluations(tmp_path / "alone"), evaluations(tmp_path / "plain")
@@ -39,7 +39,7 @@ def test_training_is_untouched_and_every_grid_evaluates_alike(
 
 
 def test_zero_evaluates_in_the_window_and_one_that_holds_all_changes_nothing(run_ranks: RunRanks, tmp_path: Path) -> None:
-    keys = {**KEYS, "train__dtype": "float32", "train__steps": 1}
+    keys = {**KEYS, "train__dtype": "float32"}
     run_ranks(2, train, write_run(tmp_path / "zero", **keys, **WINDOW, optimizer__sharding="zero3"))
     run_ranks(1, train, write_run(tmp_path / "alone", **keys, **WINDOW))
     assert evaluations(tmp_path / "zero") == pytest.approx(evaluations(tmp_path / "alone"), rel=2e-5, abs=0)
