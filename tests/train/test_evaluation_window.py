@@ -51,7 +51,8 @@ def test_zero_evaluates_in_the_window_and_one_that_holds_all_changes_nothing(run
 def test_rings_are_refused_by_name(tmp_path: Path) -> None:
     one_head = {"model__num_heads": 1, "model__num_kv_heads": 1, "planning__policy": "adaptive", "planning__largest_degree": 2}
     setup = prepare(load_config(write_run(tmp_path, **one_head, **WINDOW)))
-    assert run_shape(setup, 1).dp == 1
+    assert run_shape(setup.config, setup.model, 1).dp == 1
     with pytest.raises(ConfigError, match=r"model.evaluation_window is set with blocks of up to 2 ranks; accepted .* at most 1, the query"):
-        run_shape(setup, 2)
-    assert run_shape(prepare(load_config(write_run(tmp_path / "without", **one_head))), 2).dp == 2
+        run_shape(setup.config, setup.model, 2)
+    without = prepare(load_config(write_run(tmp_path / "without", **one_head)))
+    assert run_shape(without.config, without.model, 2).dp == 2
