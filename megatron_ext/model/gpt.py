@@ -1,6 +1,7 @@
 """The decoder: embedding, blocks, final norm and head, with the parameter names of Hugging Face's Llama."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,6 @@ class GPT(nn.Module):
         tp: tensor-parallel ranks; None: this rank has all of every matrix.
         stage: the layers of this rank; None: all.
         max_logits: takes the largest attention logits of every forward pass in training mode; None: they are not computed.
-        window: what attention sees outside of training mode; None: as in training.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class GPT(nn.Module):
         tp: TensorParallel | None = None,
         stage: Stage | None = None,
         max_logits: MaxLogits | None = None,
-        window: WindowOptions | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.tp = tp or single()
         self.max_logits = max_logits
-        self.window = window
+        self.window: WindowOptions | None = None
+        """What attention sees of longer documents, see ``seeing``; None: all before a query."""
         self.precision: PrecisionState | None = None
         self.observe_head: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
         """Told by ``loss`` what it is computed from: the head's input, its matrix (this rank's rows), labels and weights."""
@@ -112,6 +112,15 @@ class GPT(nn.Module):
             with torch.no_grad():
                 parameters[name].copy_(whole[slices(box, whole_box(shape))])
 
+    @contextmanager
+    def seeing(self, window: WindowOptions | None) -> Iterator[None]:
+        """From here to the end of the context attention sees what ``window`` says, as only an evaluation wants it."""
+        before, self.window = self.window, window
+        try:
+            yield
+        finally:
+            self.window = before
+
     def context(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, sharing: Sharing | None = None) -> PackContext:
         """What the blocks need to know of a pack, before its forward pass; arguments as in ``forward``."""
         if self.precision is not None:
@@ -119,7 +128,7 @@ class GPT(nn.Module):
         dtype = next(self.parameters()).dtype
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype, self.config.rope)
         window = None
-        if self.window is not None and not self.training and max_seqlen > self.window.local_tokens:
+        if self.window is not None and max_seqlen > self.window.local_tokens:
             window = EvaluationWindow.of_pack(self.window, self.config, cu_seqlens, dtype)
         return PackContext(cu_seqlens, max_seqlen, sharing, cos, sin, window)
 

@@ -166,10 +166,9 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
     layers, why_layers = layers_per_stage(setup, grid)
     tp = TensorParallel(grid.tp, config.parallel.sequence_parallel_activations)
     max_logits = None if config.optimizer.qk_clip is None else MaxLogits(setup.model, device)
-    window = config.model.evaluation_window
 
     def make() -> GPT:
-        return GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage], max_logits, window)
+        return GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage], max_logits)
 
     if config.optimizer.sharding == "zero3":
         model = partitioned(make, grid, dtype)
@@ -185,7 +184,7 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
         **describe_positions(config.model, setup.model),
         "dtype": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
         "attention": f"{attention} ({why_attention})",
-        **({"evaluation": str(window)} if window else {}),
+        **({"evaluation": str(config.model.evaluation_window)} if config.model.evaluation_window else {}),
         "norms": set_norm_backend(model, config.model.norm_backend, device, dtype),
         **_ring_attention(setup, grid, dtype),
         **apply_recipe(model, config, grid),

@@ -252,7 +252,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         buckets = self.config.evaluation.position_buckets
-        results = evaluate(self.engine, self.setup.validation, self.planner, self.setup.model.vocab_size, buckets)
+        with self.model.seeing(self.config.model.evaluation_window):
+            results = evaluate(self.engine, self.setup.validation, self.planner, self.setup.model.vocab_size, buckets)
         for each in results:
             self.metrics.write(
                 "eval",
@@ -276,7 +277,8 @@ class Trainer:
         options = self.config.evaluation
         if not (self._due(options.needle.every or options.every) or self.step in (0, self.total_steps)):
             return
-        result = self.needles.run()
+        with self.model.seeing(self.config.model.evaluation_window):
+            result = self.needles.run()
         self.metrics.write("needle", step=self.step, tokens=self.tokens, **asdict(result))
         self.monitors.write(
             [(f"needle/{length}", share, self.step) for length, share in zip(result.lengths, result.mean_exact, strict=True)]

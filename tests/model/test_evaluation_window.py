@@ -1,4 +1,4 @@
-"""A model that sees the first and last tokens of a document outside of training, against attention written out by hand."""
+"""A model that sees the first and last tokens of a document, against attention written out by hand."""
 
 from dataclasses import replace
 
@@ -20,16 +20,17 @@ WINDOW = WindowOptions(local_tokens=9, global_tokens=3, max_distance=11)
 
 
 def build(config: ModelConfig, window: WindowOptions | None) -> GPT:
-    model = GPT(config, "dense", window=window).double()
+    model = GPT(config, "dense").double()
     model.reset_parameters(0)
+    model.window = window
     return model
 
 
 @torch.no_grad()
-def logits(model: GPT, training: bool = False) -> Tensor:
+def logits(model: GPT) -> Tensor:
     tokens = torch.randint(0, CONFIG.vocab_size, (45,), generator=torch.Generator().manual_seed(2))
     positions = torch.cat([torch.arange(b - a) for a, b in zip(ENDS[:-1].tolist(), ENDS[1:].tolist(), strict=True)])
-    return model.train(training).logits(tokens, positions, ENDS, 26)
+    return model.logits(tokens, positions, ENDS, 26)
 
 
 def turned(x: Tensor, distance: int, config: ModelConfig) -> Tensor:
@@ -56,7 +57,7 @@ def by_hand(attention: Attention, x: Tensor, config: ModelConfig, window: Window
 
 @pytest.mark.parametrize("config", [CONFIG, YARN], ids=["plain", "yarn"])
 def test_attention_equals_loops(config: ModelConfig) -> None:
-    model = build(config, WINDOW).eval()
+    model = build(config, WINDOW)
     attention = model.model.layers["0"].self_attn
     x = torch.randn(26, config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     pack = model.context(torch.arange(26), torch.tensor([0, 26], dtype=torch.int32), 26)
@@ -64,13 +65,21 @@ def test_attention_equals_loops(config: ModelConfig) -> None:
         torch.testing.assert_close(attention(x, pack), by_hand(attention, x, config, WINDOW), rtol=1e-10, atol=1e-10)
 
 
-def test_documents_within_the_window_and_training_are_untouched_to_the_bit() -> None:
+def test_documents_within_the_window_are_untouched_and_others_see_less() -> None:
     plain = logits(build(CONFIG, None))
     assert torch.equal(logits(build(CONFIG, WindowOptions(26))), plain), "no document is longer"
-    assert torch.equal(logits(build(CONFIG, WINDOW), training=True), plain)
     seen = (logits(build(CONFIG, WINDOW)) - plain).abs().amax(1)
     assert bool((seen[[*range(19), *range(33, 45)]] < 1e-12).all()), "queries that see all"
     assert bool((seen[19:33] > 1e-6).all()), "queries beyond the window"
+
+
+def test_the_window_is_there_in_the_context_alone() -> None:
+    model = build(CONFIG, None)
+    plain, windowed = logits(model), logits(build(CONFIG, WINDOW))
+    with pytest.raises(KeyError), model.seeing(WINDOW):
+        assert torch.equal(logits(model), windowed)
+        raise KeyError
+    assert torch.equal(logits(model), plain)
 
 
 def test_documents_stay_apart() -> None:
@@ -80,7 +89,7 @@ def test_documents_stay_apart() -> None:
     other = tokens.clone()
     other[8] = (other[8] + 1) % CONFIG.vocab_size
     with torch.no_grad():
-        difference = (model.eval().logits(tokens, positions, ENDS, 26) - changed.eval().logits(other, positions, ENDS, 26)).abs().amax(1)
+        difference = (model.logits(tokens, positions, ENDS, 26) - changed.logits(other, positions, ENDS, 26)).abs().amax(1)
     assert bool((difference[:8] == 0).all()) and bool((difference[33:] == 0).all()) and bool((difference[8:33] > 0).all())
 
 

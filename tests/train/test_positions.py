@@ -22,7 +22,7 @@ from megatron_ext.option_rules import OptionError
 from megatron_ext.train.positions import describe_positions, extended
 from tests.distributed import RunRanks
 from tests.train.test_trainer import CHECKPOINTS
-from tests.train.tiny_run import VOCAB, losses, train, write_run
+from tests.train.tiny_run import VOCAB, losses, records, train, write_run
 
 TRAINED = ModelConfig(VOCAB, 32, 48, 2, 4, 2, 8, max_position=16, rope_theta=1e4, init_std=0.2)
 PLAIN = config_to_hf(TRAINED, dtype="float32")
@@ -138,3 +138,13 @@ def test_scaled_positions_give_the_same_losses_on_every_grid(run_ranks: RunRanks
     for name in grids:
         assert losses(tmp_path / name / "run") == pytest.approx(losses(tmp_path / "alone/run"), rel=1e-10, abs=0)
     assert losses(tmp_path / "unscaled/run")[1] != pytest.approx(losses(tmp_path / "alone/run")[1], rel=1e-4), "scaling is seen"
+
+
+def test_scaled_positions_go_around_a_ring(run_ranks: RunRanks, tmp_path: Path) -> None:
+    one_head = {"model__num_heads": 1, "model__num_kv_heads": 1, "model__init_std": 0.2}
+    yarn = {"model__rope": {"kind": "yarn", "original_max_position": 8}, "train__dtype": "float64", "train__steps": 2}
+    ring = {"planning__policy": "static", "planning__degree": 2, "planning__largest_degree": 2, "planning__tokens_per_pack": 16}
+    run_ranks(1, train, write_run(tmp_path / "alone", **one_head, **yarn))
+    run_ranks(2, train, write_run(tmp_path / "ring", **one_head, **yarn, **ring))
+    assert losses(tmp_path / "ring/run") == pytest.approx(losses(tmp_path / "alone/run"), rel=1e-10, abs=0)
+    assert {pack[2] for plan in records(tmp_path / "ring/run", "plan") for pack in plan["packs"]} == {2}, "in rings of two"
