@@ -20,6 +20,13 @@ class TrainOptions:
     """Of parameters and activations: ``bfloat16``, ``float32``, ``float64``; ``auto``: bfloat16 where the device is fast at it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: nothing, all but matrix products and attention, or each whole block."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed blocks in the host's memory until backward needs them; with activation_checkpointing on."""
+    mlp_tile_tokens: int | None = None
+    """Compute MLPs over so many tokens at a time and again in backward, so that their intermediate channels never exist for a whole pack;
+    null: at once."""
+    loss_tile_tokens: int | None = None
+    """Most tokens whose logits exist at once; null: what suits the device."""
     check_replicas_every: int | None = 100
     """Compare the parameters of ranks that must hold the same every this many steps, and stop if they differ; null: never."""
     heartbeat_timeout: float = 60.0
@@ -34,6 +41,14 @@ class TrainOptions:
             (len(given) < 2, "tokens", self.tokens, f"null, because steps is set ({self.steps}); exactly one of the two"),
             (self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1"),
             (self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1"),
+            (
+                self.activation_checkpointing != "none" or not self.offload_activations,
+                "offload_activations",
+                self.offload_activations,
+                "false with activation_checkpointing none: only inputs of recomputed blocks are offloaded",
+            ),
+            (self.mlp_tile_tokens is None or self.mlp_tile_tokens >= 1, "mlp_tile_tokens", self.mlp_tile_tokens, "at least 1, or null"),
+            (self.loss_tile_tokens is None or self.loss_tile_tokens >= 1, "loss_tile_tokens", self.loss_tile_tokens, "at least 1, or null"),
             (self.heartbeat_timeout >= 1, "heartbeat_timeout", self.heartbeat_timeout, "seconds, at least 1"),
             (
                 self.check_replicas_every is None or self.check_replicas_every >= 1,

@@ -78,6 +78,12 @@ class RunConfig(BaseModel):
                 "bf16 with train.dtype float64, which is not quantized",
             ),
             (
+                self.precision.recipe == "bf16" or self.train.mlp_tile_tokens is None,
+                "train.mlp_tile_tokens",
+                self.train.mlp_tile_tokens,
+                f"null with precision.recipe {self.precision.recipe}, whose scales are of all tokens of a pack",
+            ),
+            (
                 sharding == "whole_tensor" or not self.model.norm.keeps_statistics,
                 "model.norm.kind",
                 self.model.norm.kind,

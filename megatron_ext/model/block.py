@@ -80,14 +80,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, pack: PackContext) -> Tensor:
         """Map the residual stream ``x`` [T, hidden] (this rank's tokens of it, where they are divided) to the same shape."""
+        if self.training and self.recompute == "selective" and self.mlp.tile is not None:
+            # Its products would be those of all tiles.
+            return recomputed("full", self._add_mlp, recomputed("selective", self._add_attention, x, pack), pack)
         if self.training:
             return recomputed(self.recompute, self._forward, x, pack)
         return self._forward(x, pack)
 
     def _forward(self, x: Tensor, pack: PackContext) -> Tensor:
-        attention, mlp = self.sites
-        x = self._add(attention, x, pack.tokens, lambda read: self.self_attn(read, pack))
-        return self._add(mlp, x, pack.tokens, lambda read: self.mlp(read, pack.tokens))
+        return self._add_mlp(self._add_attention(x, pack), pack)
+
+    def _add_attention(self, x: Tensor, pack: PackContext) -> Tensor:
+        return self._add(self.sites[0], x, pack.tokens, lambda read: self.self_attn(read, pack))
+
+    def _add_mlp(self, x: Tensor, pack: PackContext) -> Tensor:
+        return self._add(self.sites[1], x, pack.tokens, lambda read: self.mlp(read, pack.tokens))
 
     def _add(self, sites: Sites, x: Tensor, tokens: int, function: Callable[[Tensor], Tensor]) -> Tensor:
         x = x + self._norm(sites.behind, function(self._norm(sites.before, x, tokens)), tokens)

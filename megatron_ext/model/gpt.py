@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks, final norm and head, with the parameter names of Hugging Face's Llama."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,11 @@ from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.loss import linear_cross_entropy
 from megatron_ext.model.max_logits import MaxLogits
 from megatron_ext.model.norm_kinds import build_norm, normalized
+from megatron_ext.model.offload import kept_on_host
 from megatron_ext.model.placements import parameter_boxes
 from megatron_ext.model.rope import rope_tables
 from megatron_ext.model.window_options import WindowOptions
+from megatron_ext.parallel.device import HostTransfer
 from megatron_ext.parallel.pipeline import Stage, whole_model
 from megatron_ext.parallel.placement import slices, whole_box
 from megatron_ext.parallel.sequence import Sharing
@@ -83,6 +85,10 @@ class GPT(nn.Module):
         """Told by ``loss`` what it is computed from: the head's input, its matrix (this rank's rows), labels and weights."""
         self.extend_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         """Given the sum of the weighted losses, the head's input and its matrix by ``loss``, which returns what this makes of the sum."""
+        self.loss_tile: int | None = None
+        """Most tokens whose logits exist at once; None: what suits the device."""
+        self.offload: HostTransfer | None = None
+        """Takes what blocks that are recomputed keep, their inputs, to the host; None: they stay on the device."""
         self.stage = stage or whole_model(config.num_layers)
         self.model = Decoder(config, attention, recompute, self.tp, self.stage, max_logits)
         has_head = self.stage.is_last and not config.tie_embeddings
@@ -141,8 +147,10 @@ class GPT(nn.Module):
 
     def blocks(self, x: Tensor, pack: PackContext) -> Tensor:
         """Map the residual stream ``x`` through the blocks of this stage."""
-        for layer in self.model.layers.values():
-            x = layer(x, pack)
+        keeping = nullcontext() if self.offload is None or not self.training else kept_on_host(self.offload)
+        with keeping:
+            for layer in self.model.layers.values():
+                x = layer(x, pack)
         return x
 
     def head_input(self, x: Tensor, tokens: int) -> Tensor:
@@ -157,7 +165,8 @@ class GPT(nn.Module):
         hidden, weight = self.head_operands(x, len(labels))
         if self.observe_head is not None:
             self.observe_head(hidden, weight, labels, loss_weight)
-        loss, token_loss = linear_cross_entropy(hidden, weight, labels, loss_weight, self.tp.rows(self.config.vocab_size), self.tp.group)
+        rows = self.tp.rows(self.config.vocab_size)
+        loss, token_loss = linear_cross_entropy(hidden, weight, labels, loss_weight, rows, self.tp.group, self.loss_tile)
         return loss if self.extend_loss is None else self.extend_loss(loss, hidden, weight), token_loss
 
     def logits(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, places: Tensor | None = None) -> Tensor:

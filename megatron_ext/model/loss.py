@@ -17,20 +17,29 @@ LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor, rows: Split | None = None, group: Group | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weight: Tensor,
+    rows: Split | None = None,
+    group: Group | None = None,
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropies of ``softmax(hidden @ weight.T)``, and each of them.
 
     ``hidden`` [T, h] and ``weight`` [V, h] share a dtype; ``labels`` int64 [T]; ``loss_weight`` float [T]. Returns the sum
     (a differentiable scalar) and the unweighted losses [T] (no gradient), both float32, or float64 for float64 input. A token
-    of weight 0 is not computed: its label may be anything, its loss is reported as 0, and no gradient comes from it.
+    of weight 0 is not computed: its label may be anything, its loss is reported as 0, and no gradient comes from it. ``tile``: most tokens
+    whose logits exist at once; None: as ``chunk_tokens`` says.
 
     With ``rows`` and the tensor-parallel ``group`` each rank has some rows of the weight, [V / n, h] (Shoeybi et al. 2019,
     arXiv:1909.08053, section 3): the logits are never gathered; of each token with weight, 3 numbers of the dtype of the loss are
     all-reduced, which sends 6 (n - 1) / n of them. The gradient of ``hidden`` is this rank's part, for ``TensorParallel.enter`` to sum.
     """
     rows = rows or even_split(len(weight), 0, 1)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_weight, rows, group or single().group)
+    group = group or single().group
+    tile = tile or chunk_tokens(weight.device, rows.total // group.size)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_weight, rows, group, tile)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,14 +47,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor, split: Split, group: Group
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor, split: Split, group: Group, chunk: int
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         token_loss = hidden.new_zeros(len(hidden), dtype=wide)
         loss_weight = loss_weight.to(wide)
-        chunk = chunk_tokens(weight.device, split.total // group.size)
         # One buffer for all chunks: large blocks of fresh memory cost a CPU as much as the arithmetic on them.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for rows in loss_weight.nonzero().squeeze(1).split(chunk):
@@ -63,9 +71,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else grad * grad_sum.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, loss_weight: Tensor, group: Group) -> tuple[Tensor, Tensor]:

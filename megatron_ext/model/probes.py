@@ -134,8 +134,8 @@ class BlockProbe:
 
     def __init__(self, block: Block, layer: int, tables: ProbeTables) -> None:
         self.block, self.tp, self.layer, self.tables = block, block.tp, layer, tables
-        self._seen: dict[str, Tensor] | None = None
-        """What modules handed over since the block was called; None: nobody called it."""
+        self._seen: dict[str, list[Tensor]] | None = None
+        """What modules handed over since the block was called, by tiles of tokens; None: nobody called it."""
 
     def attach(self) -> list[RemovableHandle]:
         """Hooks on the block and on what is inside."""
@@ -150,11 +150,11 @@ class BlockProbe:
 
     def _made(self, site: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         if self._seen is not None:
-            self._seen[site] = output
+            self._seen.setdefault(site, []).append(output)
 
     def _read(self, site: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if self._seen is not None:
-            self._seen[site] = arguments[0]
+            self._seen.setdefault(site, []).append(arguments[0])
 
     def _begin(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
         self._seen = {}
@@ -163,9 +163,9 @@ class BlockProbe:
             self._add_stream(0, x, pack.tokens)
 
     def _end(self, block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        pack, seen = arguments[1], self._seen
+        assert self._seen is not None, "the block was called"
+        pack, seen = arguments[1], {site: tiles[0] if len(tiles) == 1 else torch.cat(tiles) for site, tiles in self._seen.items()}
         self._seen = None
-        assert seen is not None, "the block was called"
         self._add_stream(self.layer + 1, output, pack.tokens)
         with torch.no_grad():
             for name in norm_names(self.block):

@@ -94,6 +94,43 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class HostTransfer:
+    """Copies between a GPU and pinned host memory, on a stream of their own, beside the computation. On a CPU to the same memory.
+
+    Args:
+        device: of the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, made when what computes ``tensor`` has finished. Only for ``to_device``, which waits for it."""
+        host = torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
+        if self._stream is None:
+            return host.copy_(tensor)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)
+        return host
+
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        """``host`` on the device: a copy that has only begun, not to be read before ``wait_for``; on a CPU ``host`` itself."""
+        if self._stream is None:
+            return host
+        with torch.cuda.stream(self._stream):
+            return host.to(self._device, non_blocking=True)
+
+    def wait_for(self, tensor: torch.Tensor) -> None:
+        """Let the computation that comes next wait until ``tensor``, of ``to_device``, is there."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            tensor.record_stream(current)
+
+
 def describe(device: torch.device) -> str:
     """Name of the device for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"

@@ -21,6 +21,7 @@ from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.model.init import initialize_parameter
 from megatron_ext.model.max_logits import MaxLogits
+from megatron_ext.model.mlp import set_tile
 from megatron_ext.model.norm_kinds import set_backend as set_norm_backend
 from megatron_ext.model.parallel_limits import check_divides
 from megatron_ext.model.placements import placements
@@ -31,7 +32,7 @@ from megatron_ext.optim.qk_clip import QKClip
 from megatron_ext.optim.routing import route
 from megatron_ext.optim.rules import build_rules
 from megatron_ext.optim.sharded import ShardedOptimizer
-from megatron_ext.parallel.device import choose_dtype
+from megatron_ext.parallel.device import HostTransfer, choose_dtype
 from megatron_ext.parallel.grid import Grid, GridShape, grid_shape
 from megatron_ext.parallel.pipeline import balanced, stages
 from megatron_ext.parallel.tensor import TensorParallel
@@ -179,6 +180,9 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
         model.to_empty(device=device)
         _fill(model, setup)
         model = model.to(dtype)
+    set_tile(model, config.train.mlp_tile_tokens)
+    model.loss_tile = config.train.loss_tile_tokens
+    model.offload = HostTransfer(device) if config.train.offload_activations else None
     chosen = {
         "weights": config.model.init_from or f"random, seed {config.seed}",
         **describe_positions(config.model, setup.model),

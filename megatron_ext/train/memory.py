@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 
@@ -35,16 +36,20 @@ class RankMemory:
     optimizer: int
     """Master weights, where they are not the parameters themselves, and moments."""
     activations: int
-    """What backward needs of all packs in flight."""
+    """What backward needs of all packs in flight, but for what is on the host."""
+    recomputed: int
+    """What backward computes again at a time: of one block, and of one tile of its MLP."""
     logits: int
     """One chunk of logits, and the gradients that the loss makes while it has them."""
     buffers: int
     """What is on its way between ranks."""
+    host: int
+    """In the host's memory: inputs of recomputed blocks that are offloaded."""
 
     @property
     def total(self) -> int:
-        """Sum of all."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Sum of all that is in the device's memory."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.host
 
 
 def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: int, dtype: torch.dtype) -> RankMemory:
@@ -66,13 +71,17 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
     zero = 0 if config.optimizer.sharding == "whole_tensor" else int(config.optimizer.sharding[-1])
     owned = -(-elements // shape.dp)
     tokens = config.planning.tokens_per_pack or config.data.longest_sequence
+    kept, recomputed, host = _activations(config, model, shape, part, tokens, dtype)
+    in_flight = min(shape.pp - stage, shape.pp)
     return RankMemory(
         parameters=size * (owned if zero == 3 else elements) + weight_codes(config.precision, model, held),
         gradients=wide * (owned if zero >= 2 else elements),
         optimizer=wide * _optimizer_values(config, model, held, shape, aliased=zero == 0 and dtype.itemsize >= 4) // shape.dp,
-        activations=_activations(config, model, shape, part, tokens, dtype) * min(shape.pp - stage, shape.pp),
-        logits=_logits(model, shape, tokens, dtype) if part.is_last else 0,
+        activations=kept * in_flight,
+        recomputed=recomputed,
+        logits=_logits(model, shape, tokens, dtype, config.train.loss_tile_tokens) if part.is_last else 0,
         buffers=_buffers(model, shape, part, tokens, dtype) + _exchanged(config, model, shape, tokens, dtype),
+        host=host * in_flight,
     )
 
 
@@ -94,40 +103,72 @@ def _stage(config: RunConfig, model: ModelConfig, shape: GridShape, stage: int) 
     return stages(layers)[stage]
 
 
-def _activations(config: RunConfig, model: ModelConfig, shape: GridShape, part: Stage, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of one pack. Counted in the code of the model: see the tests, which measure."""
-    size = dtype.itemsize
+class _BlockBytes(NamedTuple):
+    """What a block can keep of a pack."""
+
+    stream: int
+    """The residual stream, which it reads."""
+    products: int
+    """Results of matrix products and attention that selective recomputation keeps."""
+    everything: int
+
+
+def _block(config: RunConfig, model: ModelConfig, shape: GridShape, tokens: int, size: int) -> _BlockBytes:
+    """Counted in the code of the model: see the tests, which measure. ``size``: bytes of a value."""
     outside = -(-tokens // shape.tp) if config.parallel.sequence_parallel_activations else tokens
     heads, keys = model.num_heads // shape.tp, max(1, model.num_kv_heads // shape.tp)
     queries, keys = heads * model.head_dim, keys * model.head_dim
     channels = model.intermediate_size // shape.tp
-    stream = outside * model.hidden_size * size
     entered = tokens * model.hidden_size * size
     # Attention keeps q, k, v and its output for itself and for the projections around it; a number a query for the softmax.
     attention = tokens * (2 * queries + 2 * keys) * size + tokens * heads * max(4, size)
     attention += 2 * tokens * (queries + keys) * size if model.qk_norm else 0
-    products = tokens * (queries + 2 * keys + model.hidden_size + 2 * channels + model.hidden_size) * size + tokens * queries * size
+    products = tokens * (2 * queries + 2 * keys + model.hidden_size) * size
+    norms = (4 if model.norm.placement == "peri" else 2) * _norm(model, outside, size)
+    # Norms keep their input and give theirs to the projections.
+    everything = norms + 2 * entered + attention
+    if config.train.mlp_tile_tokens is None:
+        # The gate keeps both sides, its activation and the product.
+        everything += 4 * tokens * channels * size
+        products += tokens * (2 * channels + model.hidden_size) * size
+    return _BlockBytes(outside * model.hidden_size * size, products, everything)
+
+
+def _norm(model: ModelConfig, outside: int, size: int) -> int:
+    """What a norm keeps of ``outside`` tokens."""
     twice = {"crms": max(4, size) + size, "power": 2 * size, "unified": 2 * size}
-    norm = outside * model.hidden_size * twice.get(model.norm.kind, size)
-    by_block = {
-        "full": stream,
-        "selective": stream + products,
-        # Norms keep their input and give theirs to the projections; the gate keeps both sides, its activation and the product.
-        "none": (4 if model.norm.placement == "peri" else 2) * norm + 2 * entered + attention + 4 * tokens * channels * size,
-    }
-    kept = len(part.layers) * by_block[config.train.activation_checkpointing]
-    if config.train.activation_checkpointing == "none":
+    return outside * model.hidden_size * twice.get(model.norm.kind, size)
+
+
+def _activations(
+    config: RunConfig, model: ModelConfig, shape: GridShape, part: Stage, tokens: int, dtype: torch.dtype
+) -> tuple[int, int, int]:
+    """Bytes that autograd keeps of one pack, that backward computes again at a time, and that are kept on the host."""
+    size, options, layers = dtype.itemsize, config.train, len(part.layers)
+    what, tile = options.activation_checkpointing, options.mlp_tile_tokens
+    stream, products, everything = _block(config, model, shape, tokens, size)
+    # Where products of tiles cannot be kept, attention and MLP are recomputed apart.
+    inputs = layers * {"full": stream, "selective": stream * (1 if tile is None else 2), "none": 0}[what]
+    host = inputs * options.offload_activations
+    kept = layers * {"full": 0, "selective": products, "none": everything}[what] + inputs - host
+    if what == "none":
+        channels, queries = model.intermediate_size // shape.tp, model.num_heads // shape.tp * model.head_dim
         codes = {"hidden": tokens * model.hidden_size, "queries": tokens * queries, "channels": tokens * channels}
         kept += sum(stashed(config.precision, model, layer, codes, size) for layer in part.layers)
-    angles = 2 * tokens * model.head_dim * size
-    projection = stream * model.embedding_projection
+    again = {"full": everything, "selective": everything - products, "none": 0}[what]
+    # The next input comes back from the host meanwhile. A tile keeps what a gate keeps.
+    again += stream * options.offload_activations + 4 * min(tile or 0, tokens) * model.intermediate_size // shape.tp * size
+    outside = stream // model.hidden_size // size
+    norm, projection = _norm(model, outside, size), stream * model.embedding_projection
     first = tokens * 8 + projection + norm * model.norm.embedding_norm
-    return kept + angles + first * part.is_first + (norm + stream + projection + entered) * part.is_last
+    last = norm + stream + projection + tokens * model.hidden_size * size
+    angles = 2 * tokens * model.head_dim * size
+    return kept + angles + first * part.is_first + last * part.is_last, again, host
 
 
-def _logits(model: ModelConfig, shape: GridShape, tokens: int, dtype: torch.dtype) -> int:
+def _logits(model: ModelConfig, shape: GridShape, tokens: int, dtype: torch.dtype, tile: int | None) -> int:
     rows = -(-model.vocab_size // shape.tp)
-    chunk = min(tokens, chunk_tokens(torch.device("cpu"), model.vocab_size // shape.tp))
+    chunk = min(tokens, tile or chunk_tokens(torch.device("cpu"), model.vocab_size // shape.tp))
     wide = max(4, dtype.itemsize)
     copies = 2 if wide > dtype.itemsize else 1
     gradients = rows * model.hidden_size * (wide + (dtype.itemsize if copies == 2 else 0)) + tokens * model.hidden_size * dtype.itemsize

@@ -8,6 +8,8 @@ Read from deepspeed 0.19.8, beyond what ``passes`` says:
   without state before its first step, and stages 1 and 2 show the state of a parameter only after
   ``lazy_init_hp_params_optimizer_state``, which they call when the first group has been updated and the others have no state yet. So both
   are done here at once.
+- Stage 3 gathers a parameter when the module that holds it is called, unless a module around it is marked as a leaf. Tiles take the weights
+  of linears as arguments before they call them, and so a tiled MLP is one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,11 +23,13 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    set_z3_leaf_module,
 )
 from torch import Tensor
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.gpt import GPT, parameter_shapes
+from megatron_ext.model.mlp import MLP
 from megatron_ext.optim.adamw import AdamW, decay_groups
 from megatron_ext.optim.options import OptimizerOptions
 from megatron_ext.optim.ownership import OwnedBox
@@ -170,6 +174,9 @@ class ZeroPasses(WholePasses):
         members = [list(group["params"]) for group in groups]
         rule = AdamW(groups, lr=options.lr, betas=tuple(options.betas), eps=options.eps)
         config = zero_config(deepspeed_config, options, next(model.parameters()).dtype)
+        for module in model.modules():
+            if isinstance(module, MLP) and module.tile is not None:
+                set_z3_leaf_module(module, True)
         with silenced():
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=rule, config=config, dist_init_required=False)
         _begin_state(rule, members, self._engine)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from megatron_ext.model import loss as loss_module
 from megatron_ext.model.loss import linear_cross_entropy
+from tests.peak_memory import peak_bytes
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -131,3 +132,24 @@ def test_the_logits_of_a_pack_never_exist_at_once(monkeypatch: pytest.MonkeyPatc
     assert largest_temporary(lambda: plain(*arguments)) >= whole
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", {"cpu": 1})
     assert largest_temporary(lambda: loss_module.linear_cross_entropy(*arguments)) <= whole // 4
+
+
+@pytest.mark.parametrize("tile", [1, 3, 5, 100])
+def test_tiles_equal_the_whole(tile: int) -> None:
+    arguments = make(23, 11, torch.float64)
+    results = []
+    for total, losses in (linear_cross_entropy(*arguments, tile=tile), plain(*arguments)):
+        results.append([total, losses, *torch.autograd.grad(total, arguments[:2])])
+    for mine, reference in zip(*results, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_smaller_tiles_need_less_memory() -> None:
+    arguments = make(4096, 256, torch.float64)
+    logits = 4096 * 256 * 8
+
+    def step(tile: int) -> int:
+        return peak_bytes(lambda: linear_cross_entropy(*arguments, tile=tile)[0].backward())
+
+    assert peak_bytes(lambda: plain(*arguments)[0].backward()) > 2 * logits
+    assert step(64) < logits / 8 < step(4096) / 8
