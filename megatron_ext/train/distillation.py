@@ -73,7 +73,7 @@ class Distillation:
         teacher = self.teacher
         pack = teacher.context(batch.positions, batch.cu_seqlens, batch.max_seqlen, sharing)
         x = arrived if arrived is not None else teacher.embed(batch.tokens)
-        states = {0: x} if teacher.stage.is_first and 0 in self._layers else {}
+        states = {0: x} if "0" in teacher.model.layers and 0 in self._layers else {}
         for number, block in teacher.model.layers.items():
             x = block(x, pack)
             if int(number) + 1 in self._layers:

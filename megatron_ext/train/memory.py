@@ -34,7 +34,7 @@ class RankMemory:
     gradients: int
     """Main gradients: float32 where parameters are bfloat16."""
     optimizer: int
-    """Master weights, where they are not the parameters themselves, and moments."""
+    """Master weights, where they are not the parameters themselves, moments, and what methods keep of the weights."""
     activations: int
     """What backward needs of all packs in flight, but for what is on the host."""
     recomputed: int
@@ -86,13 +86,13 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
 
 
 def _optimizer_values(config: RunConfig, model: ModelConfig, held: GPT, shape: GridShape, aliased: bool) -> int:
-    """Master weights and moments of a model line's part; ``aliased``: masters are the parameters, but where they are put together."""
+    """Masters, moments and anchors of a model line's part; ``aliased``: masters are the parameters, but where they are put together."""
     routes = route(parameter_shapes(model), config.optimizer)
     gathers = shape.tp > 1 and config.optimizer.muon.tp_mode == "gather"
-    values = 0
+    values, anchors = 0, config.optimizer.meta_experience_replay is not None
     for name, parameter in held.named_parameters():
         own = not aliased or (gathers and routes[name] in ("muon", "normuon"))
-        values += parameter.numel() * (MOMENTS[routes[name]] + own)
+        values += parameter.numel() * (MOMENTS[routes[name]] + own + anchors)
     return values
 
 

@@ -47,6 +47,18 @@ REFUSED = [
     ("model.init_std=-1", "model.init_std: -1.0; accepted: at least 0"),
     ("model.max_position=127", "model.max_position: 127; accepted: at least data.sequence_length (128), or null"),
     ("model.attention=spda", "model.attention: 'spda'; accepted: auto, dense, sdpa, varlen, flash_attn; nearest: sdpa"),
+    # methods
+    ("optimizer.half_fine_tuning={stage_steps: 0}", "optimizer.half_fine_tuning.stage_steps: 0; accepted: at least 1"),
+    ("optimizer.magnitude_gate={threshold: 1}", "optimizer.magnitude_gate.threshold: 1.0; accepted: at least 0 and less than 1"),
+    ("optimizer.meta_experience_replay={every: 0, factor: 0.5}", "optimizer.meta_experience_replay.every: 0; accepted: a number of steps"),
+    ("optimizer.meta_experience_replay={every: 9, factor: 0}", "optimizer.meta_experience_replay.factor: 0.0; accepted: more than 0 and"),
+    ("distillation={teacher: x}", "distillation.kl: null; accepted: at least one of kl and hidden"),
+    ("distillation={teacher: '', kl: {weight: 1}}", "distillation.teacher: ''; accepted: directory of a checkpoint"),
+    ("distillation={teacher: x, kl: {weight: -1}}", "distillation.kl.weight: -1.0; accepted: at least 0"),
+    ("distillation={teacher: x, hidden: {weight: 1, layers: [1, 1]}}", "distillation.hidden.layers: [1, 1]; accepted: different numbers"),
+    ("distillation={teacher: x, kl: {weight: 1}, decay_steps: 0}", "distillation.decay_steps: 0; accepted: at least 1, or null"),
+    ("loss_weighting={temperature: 0}", "loss_weighting.temperature: 0.0; accepted: more than 0"),
+    ("loss_weighting={from_step: 0}", "loss_weighting.from_step: 0; accepted: at least 1"),
     # data
     ("data.sources=[]", "data.sources: []; accepted: at least one source"),
     ("data.sources.0.name=''", "data.sources.0.name: ''; accepted: a word"),
