@@ -33,16 +33,23 @@ class Haystack:
         tokens = np.concatenate(pieces).astype(np.int64)
         return cls(tokens, np.unique(tokens), sets[0].corpus.path)
 
+    def check(self, words: int) -> None:
+        """Raise DataError if there are fewer distinct tokens than ``words``, a key and its value together."""
+        if len(self.vocabulary) < words:
+            seen = len(self.vocabulary)
+            raise DataError(f"{self.path}.bin has {seen} different tokens for validation; a key and its value need {words}")
+
 
 @dataclass(frozen=True)
 class Needle:
     """One document, a pure function of its fields: text, key, value, text, key, value. ``read_pack`` reads it like a corpus of one.
 
     Raises:
-        DataError: the text has fewer distinct tokens than key and value together, or every key that is drawn occurs in it by chance.
+        DataError: when it is read, if every key that is drawn occurs in the text by chance.
     """
 
     haystack: Haystack
+    """Whose ``check`` has passed."""
     length: int
     """Tokens of the document, both keys and values included."""
     depth: float
@@ -79,9 +86,6 @@ class Needle:
         begin = int(generator.integers(len(self.haystack.tokens)))
         text = self.haystack.tokens.take(np.arange(begin, begin + text_tokens), mode="wrap")
         before = round(self.depth * text_tokens)
-        if len(self.haystack.vocabulary) < words:
-            seen = len(self.haystack.vocabulary)
-            raise DataError(f"{self.path}.bin has {seen} different tokens for validation; a key and its value need {words}")
         for _ in range(_MOST_DRAWS):
             needle = generator.choice(self.haystack.vocabulary, words, replace=False)
             key = needle[: self.key_tokens]

@@ -12,6 +12,7 @@ from megatron_ext.checkpoint.hf_config import config_to_hf
 from megatron_ext.config import RunConfig, deepspeed_config, total_steps
 from megatron_ext.data.loss_weights import SourceWeights, source_weights
 from megatron_ext.data.mixture import Mixture
+from megatron_ext.data.needle import Haystack
 from megatron_ext.data.tokenizer import Tokenizer, copy_tokenizer_files, load_tokenizer
 from megatron_ext.data.validation import ValidationSet, validation_sets
 from megatron_ext.errors import ConfigError
@@ -43,6 +44,7 @@ from megatron_ext.train.engine import Engine, owner_engine, zero_engine
 from megatron_ext.train.layer_times import measure_layers
 from megatron_ext.train.logit_clip import LogitClip
 from megatron_ext.train.methods import update_extensions
+from megatron_ext.train.needle_evaluation import build_haystack
 from megatron_ext.train.objective import check_objective
 from megatron_ext.train.positions import checkpoint_model, describe_positions
 from megatron_ext.train.precision import apply_recipe
@@ -63,8 +65,10 @@ class Setup:
     validation: list[ValidationSet]
     routes: dict[str, RuleName]
     """The update rule of every parameter."""
-    loss_weights: SourceWeights | None
+    loss_weights: SourceWeights | None = None
     """Of the losses, as sources bring them; None: 1."""
+    haystack: Haystack | None = None
+    """Text to hide needles in, where the run asks for needles."""
 
     @property
     def tokens_per_pack(self) -> int:
@@ -112,8 +116,9 @@ def prepare(config: RunConfig) -> Setup:
     linear_recipes(model, Recipe(config.precision))
     routes = route(parameter_shapes(model), config.optimizer)
     check_objective(config, model, [corpus.name for corpus in mixture.corpora])
-    weights = source_weights(mixture.corpora)
-    setup = Setup(config, model, Path(tokenizer_dir) if tokenizer_dir else None, tokenizer, mixture, validation, routes, weights)
+    directory = Path(tokenizer_dir) if tokenizer_dir else None
+    weights, haystack = source_weights(mixture.corpora), build_haystack(config.evaluation.needle, validation)
+    setup = Setup(config, model, directory, tokenizer, mixture, validation, routes, weights, haystack)
     mixture.check_epochs(setup.token_budget)
     return setup
 

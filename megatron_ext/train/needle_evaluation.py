@@ -37,31 +37,43 @@ class NeedleResult:
         return [sum(row) / len(row) for row in self.exact]
 
 
+def build_haystack(options: NeedleOptions | None, sets: Sequence[ValidationSet]) -> Haystack | None:
+    """The text of a run's needles; None where there are no options.
+
+    Raises:
+        ConfigError: there is no validation set.
+        DataError: the sets have too few distinct tokens.
+    """
+    if options is None:
+        return None
+    if not sets:
+        raise ConfigError("evaluation.needle needs text to hide needles in; accepted with data.validation or data.validation_fraction")
+    haystack = Haystack.of(sets)
+    haystack.check(options.key_tokens + options.value_tokens)
+    return haystack
+
+
 class NeedleEvaluation:
     """The same needles at every step of every run with the same validation sets. All ranks make one.
 
     Args:
         options: which needles.
-        sets: whose tokens are the text around them.
+        haystack: the text around them.
         model: this rank's part.
         engine: of the model.
         planner: plans which rank reads what.
 
     Raises:
-        ConfigError: there is no validation set, or a needle is longer than what a block of ranks computes.
-        DataError: the text is too poor for keys that occur once.
+        ConfigError: a needle is longer than what a block of ranks computes.
     """
 
-    def __init__(self, options: NeedleOptions, sets: Sequence[ValidationSet], model: GPT, engine: Engine, planner: StepPlanner) -> None:
+    def __init__(self, options: NeedleOptions, haystack: Haystack, model: GPT, engine: Engine, planner: StepPlanner) -> None:
         most = planner.settings.longest_document(planner.cost)
-        if not sets:
-            raise ConfigError("evaluation.needle needs text to hide needles in; accepted with data.validation or data.validation_fraction")
         if max(options.lengths) - 1 > most:
             raise ConfigError(
                 f"evaluation.needle.lengths has {max(options.lengths)}; accepted: at most {most + 1}, which is what the largest block of "
                 "ranks holds by planning.tokens_per_pack, planning.degree and planning.largest_degree"
             )
-        haystack = Haystack.of(sets)
         words = (options.key_tokens, options.value_tokens, options.seed)
         cells = product(options.lengths, options.depths, range(options.samples))
         self.needles = [Needle(haystack, length, depth, number, *words) for length, depth, number in cells]

@@ -109,8 +109,8 @@ class Trainer:
         return StepPlanner(settings, costs, self.grid, data, self.config.data.tokens_per_step, options.ahead)
 
     def _build_needles(self) -> NeedleEvaluation | None:
-        options = self.config.evaluation.needle
-        return None if options is None else NeedleEvaluation(options, self.setup.validation, self.model, self.engine, self.planner)
+        options, haystack = self.config.evaluation.needle, self.setup.haystack
+        return NeedleEvaluation(options, haystack, self.model, self.engine, self.planner) if options and haystack else None
 
     def train(self) -> None:
         """Run to the last step, or to the end of the step in which a stop was asked for; then save."""

@@ -60,6 +60,7 @@ def test_a_pack_reads_needles_and_weights_begin_at_the_answer() -> None:
 def test_poor_text_is_refused() -> None:
     poor = Haystack(np.array([1, 2, 3, 1]), np.array([1, 2, 3]), "folder/text")
     with pytest.raises(DataError, match=r"folder/text.bin has 3 different tokens for validation; a key and its value need 5"):
-        whole(replace(NEEDLE, haystack=poor))
+        poor.check(5)
+    poor.check(3)
     with pytest.raises(DataError, match="100 random keys of 1 tokens all occur in 194 tokens of text"):
         whole(replace(NEEDLE, haystack=haystack(5000, 6), key_tokens=1))

@@ -24,7 +24,7 @@ from megatron_ext.train.evaluation_packs import evaluation_packs
 from megatron_ext.train.step_plans import StepPlanner
 from tests.distributed import RunRanks
 from tests.grids import data_grid, owner_optimizer
-from tests.train.tiny_run import VOCAB, random_documents, write_corpus, write_run
+from tests.train.tiny_run import VOCAB, random_documents, records, train, write_corpus, write_run
 
 CONFIG = ModelConfig(VOCAB, 16, 24, 2, 4, 2, 4, 64, init_std=0.3)
 SEQUENCE = 32
@@ -103,3 +103,16 @@ def test_one_process_without_a_run_finds_the_same(tmp_path: Path) -> None:
     )
     packs = evaluation_packs(str(tmp_path / "own"), tmp_path, SEQUENCE, 400, VOCAB)
     check(evaluate_alone(model_of(1), "own", packs, BUCKETS), plainly(chosen))
+
+
+def test_a_run_says_at_its_end_what_it_forgot(run_ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    changes = {"optimizer__lr": 0.05, "train__steps": 4, "evaluation__every": 1, "data__validation_fraction": 0.2}
+    prose = write_corpus(tmp_path / "old", [document[::-1] for document in random_documents(60, 40, seed=3)])
+    replay = {"share": 0.25, "sources": [{"name": "old prose", "path": prose}]}
+    run_ranks(2, train, write_run(tmp_path, **changes, data__replay=replay))
+    lines = [line for line in capfd.readouterr().out.splitlines() if " at the start, " in line]
+    curve = [record["loss"] for record in records(tmp_path / "run", "eval") if record["source"] == "old prose"]
+    assert [line.split(":")[0] for line in lines] == ["prose (new)", "code (new)", "old prose (old)"] and len(curve) == 5
+    assert lines[2].startswith(f"old prose (old): loss {curve[0]:.3f} at the start") and lines[2].endswith(
+        f"in the end {curve[-1] - curve[0]:+.3f}"
+    )
