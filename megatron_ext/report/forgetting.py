@@ -1,8 +1,8 @@
 """What a phase did to each domain on the way, and not only at its end: the stability gap.
 
-A loss may rise as soon as training on something else begins, and come back later (De Lange et al. 2023, arXiv:2205.13452, section 3, who
-measure the worst accuracy between two tasks; for continued pretraining Guo et al. 2024, arXiv:2406.14833). First and last loss do not show
-it. All numbers are of the evaluations that a run wrote: between two of them the loss may have been higher.
+A loss may rise as soon as training on something else begins, and come back later; first and last loss do not show it. The worst rise is for
+losses what min-ACC is for accuracies in De Lange et al. 2023 (arXiv:2205.13452), who found the gap; Guo et al. 2024 (arXiv:2406.14833)
+found it in continued pretraining. All numbers are of the evaluations that a run wrote: between two of them the loss may have been higher.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Prompts of uneven length packed into few forward passes (Prepacking: Zhao et al. 2024, arXiv:2404.09529, section 3).
+"""Prompts of uneven length packed into few forward passes (Prepacking: Zhao et al. 2024, arXiv:2404.09529).
 
 Each prompt attends to itself and counts its positions from 0, so that a pack gives what its prompts give one at a time; nothing is padded.
 """
