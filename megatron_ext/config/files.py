@@ -12,12 +12,17 @@ def files_of(config: RunConfig) -> Iterator[tuple[str, Path]]:
         yield "tokenizer", Path(config.tokenizer)
     if config.model.init_from is not None:
         yield "model.init_from", Path(config.model.init_from)
+    if config.distillation is not None:
+        yield "distillation.teacher", Path(config.distillation.teacher)
     if config.data.replay is not None and config.data.replay.run is not None:
         yield "data.replay.run", Path(config.data.replay.run)
     replayed = config.data.replay.sources if config.data.replay else []
     for section, sources in (("sources", config.data.sources), ("replay.sources", replayed), ("validation", config.data.validation)):
         for index, source in enumerate(sources):
-            for ending in (".idx", ".bin"):
-                yield f"data.{section}.{index}.path", Path(source.path + ending)
-            if source.scores is not None:
-                yield f"data.{section}.{index}.scores", Path(source.scores)
+            key = f"data.{section}.{index}"
+            for name, prefix in (("path", source.path), ("metadata", source.metadata)):
+                if prefix is not None:
+                    yield from ((f"{key}.{name}", Path(prefix + ending)) for ending in (".idx", ".bin"))
+            for name in ("scores", "document_weights", "token_weights"):
+                if (path := getattr(source, name)) is not None:
+                    yield f"{key}.{name}", Path(path)

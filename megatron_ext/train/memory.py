@@ -30,7 +30,7 @@ class RankMemory:
     """Bytes of tensors of one rank at the end of the last forward pass and after."""
 
     parameters: int
-    """And, in low precision, the codes of the weights by rows and by columns."""
+    """And, in low precision, the codes of the weights by rows and by columns; and those of a teacher, as if it had the model's shape."""
     gradients: int
     """Main gradients: float32 where parameters are bfloat16."""
     optimizer: int
@@ -73,8 +73,9 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
     tokens = config.planning.tokens_per_pack or config.data.longest_sequence
     kept, recomputed, host = _activations(config, model, shape, part, tokens, dtype)
     in_flight = min(shape.pp - stage, shape.pp)
+    teacher = 0 if config.distillation is None else size * elements
     return RankMemory(
-        parameters=size * (owned if zero == 3 else elements) + weight_codes(config.precision, model, held),
+        parameters=size * (owned if zero == 3 else elements) + weight_codes(config.precision, model, held) + teacher,
         gradients=wide * (owned if zero >= 2 else elements),
         optimizer=wide * _optimizer_values(config, model, held, shape, aliased=zero == 0 and dtype.itemsize >= 4) // shape.dp,
         activations=kept * in_flight,

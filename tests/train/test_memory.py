@@ -180,6 +180,14 @@ def test_states_are_those_of_the_optimizer(run_ranks: RunRanks, path: str, shape
         assert (memory.parameters, memory.gradients, memory.optimizer) == pytest.approx(measured, rel=0.1)
 
 
+def test_a_teacher_is_counted(path: str) -> None:
+    alone, taught = (
+        rank_memory(config_of(path, *overrides), MODEL, GridShape(1, 2, 2), 0, torch.bfloat16)
+        for overrides in ((), ("distillation={teacher: there, kl: {weight: 1.0}}",))
+    )
+    assert taught == replace(alone, parameters=2 * alone.parameters)
+
+
 def test_more_division_needs_less(path: str) -> None:
     totals = [
         largest_rank(config_of(path), MODEL, shape, torch.bfloat16)[1]
