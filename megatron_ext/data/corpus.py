@@ -147,6 +147,20 @@ class Corpus:
         digest = hashlib.blake2b(head + length.to_bytes(8, "little"), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self.held_out * 2**64
 
+    def training_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Documents to train on, held-out ones among them unless there is a subset, and their lengths; both int64."""
+        chosen = self._documents(held_out=False)
+        documents = np.arange(len(self.dataset)) if chosen is None else chosen
+        return documents, self.dataset.lengths[documents]
+
+    def check_side(self, documents: np.ndarray) -> None:
+        """Raise DataError if all of ``documents`` are held out."""
+        if all(self.is_held_out(int(document)) for document in documents):
+            raise self._nothing_left(len(documents), "training")
+
+    def _nothing_left(self, documents: int, side: str) -> DataError:
+        return DataError(f"{self.path}: none of {documents} documents is left for {side} (data.validation_fraction={self.held_out})")
+
     def shuffled(self, seed: str, position: int, held_out: bool = False) -> Iterator[tuple[int, int]]:
         """Non-empty documents of one side of the split in random order, for ever, from ``position`` on.
 
@@ -180,7 +194,7 @@ class Corpus:
                 fruitless += 1
                 if fruitless > 2 * size:
                     side = "validation" if held_out else "training"
-                    raise DataError(f"{self.path}: none of {size} documents is left for {side} (data.validation_fraction={self.held_out})")
+                    raise self._nothing_left(size, side)
             position += 1
 
     def _order(self, seed: str, epoch: int, size: int) -> Permutation:

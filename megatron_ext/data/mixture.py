@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_ext.data.corpus import Corpus, Piece
+from megatron_ext.data.sampler import Sampler
 from megatron_ext.data.shares import ConstantShares, Shares, Turns
 from megatron_ext.data.stages import Stage, expected_tokens, stage_at
-from megatron_ext.errors import ConfigError, DataError
 
 STATE_VERSION = 1
 
@@ -26,7 +26,7 @@ class Cursor:
     """Tokens taken since the stage began. Decides which source is next."""
 
 
-class Mixture:
+class Mixture(Sampler):
     """Documents of several corpora by share of tokens, in one stage of a run after the other.
 
     The tokens of every source are its share at every point of a stage to within one piece (see ``Turns``), and the order depends on
@@ -125,17 +125,6 @@ class Mixture:
         """Tokens of each source in a run of ``total`` tokens."""
         return [expected_tokens(self.stages, source, total) for source in range(len(self.corpora))]
 
-    def check_epochs(self, total_tokens: int) -> None:
-        """Raise ConfigError if a run of ``total_tokens`` would read a source more often than its ``max_epochs``."""
-        for corpus, tokens in zip(self.corpora, self.expected_tokens(total_tokens), strict=True):
-            epochs = tokens / corpus.training_tokens
-            if corpus.max_epochs is not None and epochs > corpus.max_epochs:
-                raise ConfigError(
-                    f"source {corpus.name!r} would be read {epochs:.2f} times by {total_tokens:,} tokens with a share of "
-                    f"{tokens / total_tokens:.3f}; "
-                    f"its max_epochs is {corpus.max_epochs}. Accepted: a smaller weight, fewer train.steps, or a larger max_epochs"
-                )
-
     def fingerprint(self) -> str:
         """Hash of everything that decides the order: the data, the shares, the split, the seed, the sequence length and the stages."""
         first, *later = self.stages
@@ -152,23 +141,8 @@ class Mixture:
         return {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "begin": self._begin, "cursors": cursors}
 
     def load_state_dict(self, state: dict[str, Any], allow_changed: bool = False) -> None:
-        """Continue where ``state`` was taken.
-
-        Args:
-            state: of :meth:`state_dict`.
-            allow_changed: accept other data, shares or stages. Sources known by name continue at their document; shares count anew from
-                here.
-
-        Raises:
-            DataError: the data, shares, seed, sequence length or stages are not those of the state.
-        """
-        changed = state["fingerprint"] != self.fingerprint()
-        if changed and not allow_changed:
-            raise DataError(
-                f"the training data changed since the checkpoint (fingerprint {state['fingerprint']}, now {self.fingerprint()}): "
-                "a source, its files, weights, seed, split, data.sequence_length or data.stages differ. "
-                "Set checkpoint.allow_changed_data=true to continue with the new data"
-            )
+        """As in ``Sampler``."""
+        changed = self._is_changed(state, allow_changed)
         self._begin = state.get("begin", 0)
         if changed:
             self._begin += sum(cursor["tokens"] for cursor in state["cursors"].values())

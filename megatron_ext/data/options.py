@@ -148,6 +148,25 @@ class StageOptions:
 
 
 @dataclass
+class DecompositionOptions:
+    """Documents in pieces of powers of two, and steps of pieces of one length (Dataset Decomposition)."""
+
+    cycle_tokens: int
+    """Tokens of a cycle of the curriculum; in each, every length has its share of the tokens of the data."""
+    smallest: int = 256
+    """Tokens of the shortest pieces, a power of two. The rest of a document is a piece of its own."""
+    curriculum: Literal["natural", "uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_p100"] = "grow_p2"
+    """Which lengths come first in a cycle: odds of the lengths that are not used up, from the shortest, fall by factors of 2 or 100,
+    linearly, or rise (shrink); uniform: alike; natural: by their tokens, the same throughout the cycle."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.cycle_tokens >= 1, "cycle_tokens", self.cycle_tokens, "at least 1"),
+            (self.smallest >= 1 and self.smallest.bit_count() == 1, "smallest", self.smallest, "a power of two"),
+        )
+
+
+@dataclass
 class DataOptions:
     """Where documents come from and how many tokens make a step."""
 
@@ -161,6 +180,8 @@ class DataOptions:
     """Optional share of an earlier mixture."""
     stages: list[StageOptions] = field(default_factory=list)
     """Parts of the run, in order, that differ in sequence length, weights or replay; empty: the whole run is alike."""
+    decomposition: DecompositionOptions | None = None
+    """Cut documents into pieces of powers of two and take one length at each step; null: pieces of ``sequence_length``."""
     repeats_warned_at: float | None = 4.0
     """Warn when a source has been read more often than this: up to about 4 epochs, repeated data are nearly as good as new (Muennighoff et
     al. 2023, arXiv:2305.16264). null: never."""
@@ -199,6 +220,7 @@ class DataOptions:
                 "names that differ from those of sources while validation_fraction is set",
             ),
             *self._stage_rules(),
+            *self._decomposition_rules(),
         )
 
     @property
@@ -224,6 +246,21 @@ class DataOptions:
             yield stage.metadata or has_metadata, f"{key}.metadata", stage.metadata, "true where no source has metadata"
             replays = stage.replay_share is None or self.replay is not None
             yield replays, f"{key}.replay_share", stage.replay_share, "null without data.replay"
+
+    def _decomposition_rules(self) -> Iterator[tuple[bool, str, object, str]]:
+        if self.decomposition is None:
+            return
+        length, smallest = self.sequence_length, self.decomposition.smallest
+        yield length.bit_count() == 1, "sequence_length", length, "a power of two with decomposition"
+        yield smallest <= length, "decomposition.smallest", smallest, f"at most sequence_length ({length})"
+        cycle, step = self.decomposition.cycle_tokens, self.tokens_per_step
+        yield cycle >= step, "decomposition.cycle_tokens", cycle, f"at least tokens_per_step ({step})"
+        yield not self.stages, "stages", f"{len(self.stages)} stages", "none with decomposition"
+        decay = self.replay.decay if self.replay else None
+        yield decay is None, "replay.decay", decay, "null with decomposition"
+        for source in [*self.sources, *(self.replay.sources if self.replay else [])]:
+            yield source.metadata is None, f"source {source.name}: metadata", source.metadata, "null with decomposition"
+            yield source.order == "shuffled", f"source {source.name}: order", source.order, "shuffled with decomposition"
 
 
 def _distinct(key: str, sources: Iterable[SourceOptions]) -> tuple[bool, str, object, str]:

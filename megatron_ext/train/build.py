@@ -11,8 +11,8 @@ from megatron_ext.checkpoint.hf import load_hf_weights, read_hf_tensors
 from megatron_ext.checkpoint.hf_config import config_to_hf
 from megatron_ext.config import RunConfig, deepspeed_config, total_steps
 from megatron_ext.data.loss_weights import SourceWeights, source_weights
-from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.needle import Haystack
+from megatron_ext.data.sampler import Sampler
 from megatron_ext.data.tokenizer import Tokenizer, copy_tokenizer_files, load_tokenizer
 from megatron_ext.data.validation import ValidationSet, validation_sets
 from megatron_ext.errors import ConfigError
@@ -61,7 +61,7 @@ class Setup:
     model: ModelConfig
     tokenizer_dir: Path | None
     tokenizer: Tokenizer | None
-    mixture: Mixture
+    mixture: Sampler
     validation: list[ValidationSet]
     routes: dict[str, RuleName]
     """The update rule of every parameter."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.data.mixture import Mixture
+from megatron_ext.data.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DataWatch:
         most_epochs: a source that is read more often is told about; null: none is.
     """
 
-    def __init__(self, mixture: Mixture, most_epochs: float | None) -> None:
+    def __init__(self, mixture: Sampler, most_epochs: float | None) -> None:
         self._mixture, self._most_epochs = mixture, most_epochs
         self._stage, self._epochs = mixture.stage, mixture.epochs()
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from megatron_ext.config import RunConfig, load_config, total_steps
 from megatron_ext.data.corpus import Corpus
+from megatron_ext.data.decomposed_mixture import DecomposedMixture
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.options import DataOptions, SourceOptions, StageOptions
+from megatron_ext.data.sampler import Sampler
 from megatron_ext.data.shares import ConstantShares, Fade, FadingShares, Shares
 from megatron_ext.data.stages import Stage
 from megatron_ext.errors import ConfigError
@@ -69,10 +71,16 @@ def _replayed(run: str, share: float, held_out: float, replayed_by: tuple[str, .
     return [Share(each.source, share * each.share, max(held_out, each.held_out)) for each in earlier]
 
 
-def build_mixture(config: RunConfig) -> Mixture:
+def build_mixture(config: RunConfig) -> Sampler:
     """The training mixture of a run. Raises ConfigError or DataError for sources that cannot be used."""
-    corpora = [Corpus(each.source, each.held_out) for each in training_shares(config.data)]
-    first, *later = build_stages(config.data, total_steps(config) * config.data.tokens_per_step)
+    data = config.data
+    shares = training_shares(data)
+    corpora = [Corpus(each.source, each.held_out) for each in shares]
+    if (parts := data.decomposition) is not None:
+        weights = [each.share for each in shares]
+        length = data.sequence_length
+        return DecomposedMixture(corpora, weights, config.seed, length, parts.smallest, parts.curriculum, parts.cycle_tokens)
+    first, *later = build_stages(data, total_steps(config) * data.tokens_per_step)
     return Mixture(corpora, first.shares, config.seed, first.sequence_length, first.metadata, later)
 
 

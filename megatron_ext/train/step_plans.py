@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.data.corpus import Corpus, Piece
-from megatron_ext.data.mixture import Mixture
+from megatron_ext.data.sampler import Sampler
 from megatron_ext.errors import DataError
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning import Plan
@@ -69,14 +69,14 @@ class StepPlanner:
         ahead: how many steps are planned before they are asked for.
     """
 
-    def __init__(self, settings: PlanSettings, cost: CostModel, grid: Grid, mixture: Mixture, tokens_per_step: int, ahead: int) -> None:
+    def __init__(self, settings: PlanSettings, cost: CostModel, grid: Grid, mixture: Sampler, tokens_per_step: int, ahead: int) -> None:
         self.settings, self.cost = settings, cost
         self._world = grid.world
         self._tokens_per_step, self._ahead = tokens_per_step, ahead
         self._worker: PlanWorker | None = None
         self.restart(mixture, cost)
 
-    def restart(self, mixture: Mixture, cost: CostModel) -> None:
+    def restart(self, mixture: Sampler, cost: CostModel) -> None:
         """Plan what follows by other costs, or from another place of the mixture."""
         self.close()
         self.cost = cost

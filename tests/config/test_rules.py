@@ -95,6 +95,16 @@ REFUSED = [
     ("data.stages=[{weights: {prose: 0}}]", "data.stages.0.weights: {'prose': 0.0}; accepted: more than 0 for at least one source"),
     ("data.stages=[{weights: {verse: 1}}]", "data.stages.0.weights: ['verse']; accepted: names of data.sources: prose"),
     ("data.stages=[{replay_share: 0.1}]", "data.stages.0.replay_share: 0.1; accepted: null without data.replay"),
+    ("data.decomposition={smallest: 3, cycle_tokens: 5000}", "data.decomposition.smallest: 3; accepted: a power of two"),
+    ("data.decomposition={smallest: 256, cycle_tokens: 5000}", "data.decomposition.smallest: 256; accepted: at most sequence_length (128)"),
+    ("data.decomposition={smallest: 8, cycle_tokens: 1023}", "data.decomposition.cycle_tokens: 1023; accepted: at least tokens_per_step"),
+    (
+        "data.decomposition={smallest: 8, cycle_tokens: 5000, curriculum: grow}",
+        "data.decomposition.curriculum: 'grow'; accepted: natural, uniform, grow_linear, grow_p2, grow_p100, shrink_p100; nearest: grow_p2",
+    ),
+    ("data.stages=[{metadata: false}]", "data.stages.0.metadata: false; accepted: true where no source has metadata"),
+    ("data.sources.0.order=ascending", "data.sources.0.order: 'ascending'; accepted: shuffled without scores"),
+    ("data.sources.0.min_tokens=0", "data.sources.0.min_tokens: 0; accepted: at least 1, or null"),
     # planning
     (
         "planning.policy=data-parallel",
@@ -198,6 +208,8 @@ ACCEPTED = [
     "data.replay={share: 0.1, sources: [{name: a, path: b}]}",
     "data.stages=[{tokens: 5, sequence_length: 256}, {share: 0.5, weights: {prose: 2}}, {}]",
     "data.replay={share: 0.1, run: r, decay: {to: 0, tokens: 5, shape: cosine}}",
+    "data.decomposition={smallest: 8, cycle_tokens: 5000}",
+    "data.sources=[{name: a, path: x, metadata: y}, {name: b, path: x, scores: s, order: descending, subset_tokens: 5}]",
     "planning.tokens_per_pack=128",
     "optimizer={lr: 0, betas: [0, 0.999], clip_norm: 0}",
     "schedule={kind: wsd, decay_steps: 60, warmup_steps: 40}",

@@ -97,7 +97,7 @@ def test_every_token_once_an_epoch_across_stages(corpora: list[Corpus]) -> None:
 
 
 @given(stops=st.sets(st.integers(1, 99)), later=st.sampled_from([LATER, LATER[1:], ()]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_resuming_in_any_stage_changes_nothing(corpora: list[Corpus], stops: set[int], later: Sequence[Stage]) -> None:
     expected = steps(staged(corpora, later=later), 100)
     mixture, taken = staged(corpora, later=later), []
@@ -131,7 +131,7 @@ def test_changed_stages_are_refused_and_accepted_with_the_key(corpora: list[Corp
     }
     for later in variants.values():
         changed = staged(corpora, later=later)
-        with pytest.raises(DataError, match=r"data\.stages differ"):
+        with pytest.raises(DataError, match=r"data\.stages or data\.decomposition differ"):
             changed.load_state_dict(state)
         changed.load_state_dict(state, allow_changed=True)
         assert changed.total == mixture.total and changed.stage == stage_at(changed.stages, mixture.total), "the run is where it was"

@@ -97,7 +97,7 @@ def test_plans_made_ahead_see_the_stages(run_ranks: RunRanks, straight: Path, tm
 
 
 def test_changed_stages_are_refused(run_ranks: RunRanks, straight: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"data\.stages differ"):
+    with pytest.raises(Exception, match=r"data\.stages or data\.decomposition differ"):
         resumed(run_ranks, straight, tmp_path, 5, 1, ["data.stages.0.tokens=601"])
 
 
