@@ -16,6 +16,7 @@ from megatron_ext.report.study import (
     validation_loss,
     warnings,
 )
+from megatron_ext.report.study_forgetting import forgetting_table
 from megatron_ext.report.study_inside import SPIKE, SPIKE_WINDOW, has_probes, inside_table
 from megatron_ext.report.study_inside_figures import depth_figures, kurtosis_figure
 from megatron_ext.report.study_quantization import quantization_table
@@ -46,6 +47,7 @@ def render_study(title: str, variants: Sequence[Variant]) -> str:
         element("h2", "Each variant at its best"),
         element("p", f"{_what_is_shown(variants)}{chosen if sweeps else ''}", class_="muted"),
         _table(variants, results_table(variants), settings=True),
+        *_forgetting(variants),
         *_quantization(variants),
         element("h2", "How the loss moved"),
         figure_element(study_figures.validation_figure(variants)),
@@ -86,6 +88,14 @@ def _when_and_where(variants: Sequence[Variant]) -> str:
         start.dtype,
     ]
     return " \u00b7 ".join(part for part in parts if part)
+
+
+def _forgetting(variants: Sequence[Variant]) -> list[Html]:
+    sources = forgetting_table(variants)
+    if sources is None:
+        return []
+    words = "Last loss of each validation source in nats per token, and how far it rose at the worst above that of the first model."
+    return [element("h2", "Learned and forgotten"), element("p", words, class_="muted"), _table(variants, sources)]
 
 
 def _quantization(variants: Sequence[Variant]) -> list[Html]:
