@@ -1,6 +1,6 @@
 """A model whose every weight is the weighted mean of those of several models of one shape.
 
-The mean of checkpoints of a constant learning rate can stand for a decay (Hagele et al. 2024, arXiv:2405.18392, section 4.3).
+The mean of checkpoints of a constant learning rate can stand for a decay (Hagele et al. 2024, arXiv:2405.18392).
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ def learning_rate_factor(options: ScheduleOptions, step: int, total_steps: int) 
     """Factor of the base learning rate for an optimizer step.
 
     A run is one period, or several where ``decay_ends`` says so: each ends with a decay, and the next begins with a linear rise from
-    ``min_factor`` (re-warming and re-decaying, Ibrahim et al. 2024, arXiv:2403.08763, section 4.1; with wsd and no ``rewarm_steps``, WSD-S
+    ``min_factor`` (re-warming and re-decaying, Ibrahim et al. 2024, arXiv:2403.08763; with wsd and no ``rewarm_steps``, WSD-S
     of Wen et al. 2024, arXiv:2410.05192). The first period begins with a linear warm-up from ``warmup_from`` to 1.
 
     Args:
@@ -20,8 +20,8 @@ def learning_rate_factor(options: ScheduleOptions, step: int, total_steps: int) 
     Returns:
         After the warm-up, by kind: ``constant``: 1; ``cosine``: half a cosine from 1 to ``min_factor`` at the last step of the period
         (Loshchilov and Hutter 2017, eq. 5); ``wsd``: 1, then a decay to ``min_factor`` over the last ``decay_steps`` (Hu et al. 2024, eq.
-        1); ``infinite``: a fall to ``constant_factor`` over ``cooldown_steps``, that factor, then the decay (Ibrahim et al. 2024, section
-        7.4, whose decay is ``exponential``).
+        1); ``infinite``: a fall to ``constant_factor`` over ``cooldown_steps``, that factor, then the decay (Ibrahim et al. 2024,
+        whose decay is ``exponential``).
     """
     begin, end = options.period(step, total_steps)
     warmup, first = options.warmup(begin)

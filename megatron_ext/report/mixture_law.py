@@ -154,7 +154,7 @@ def fit(form: Form, points: Points, replicates: int, resample: Resample, seed: i
         form: ``GENERAL`` or ``DOMAIN``.
         points: the losses.
         replicates: number of resampled sets.
-        resample: ``residuals``: each loss gets the residual of another one, corrected for leverage (Davison and Hinkley 1997, eq. 6.9),
+        resample: ``residuals``: each loss gets the residual of another one, corrected for leverage (Davison and Hinkley 1997, 6.2.3),
             for losses that deviate independently. ``runs``: the residuals of each run, corrected for its leverage, are multiplied by one
             random factor (wild cluster bootstrap, MacKinnon, Nielsen and Webb 2023), for runs whose losses deviate together.
         seed: of the resampling.

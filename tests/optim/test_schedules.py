@@ -102,7 +102,7 @@ def test_moderate_decay_ends_at_its_floor() -> None:
 
 @pytest.mark.parametrize("cooldown", ["inverse_sqrt", "cosine", "linear"])
 def test_infinite_has_four_phases(cooldown: str) -> None:
-    """Warm-up 1-10, cool-down 11-40, constant 41-80, exponential decay 81-100 (Ibrahim et al. 2024, section 7.4)."""
+    """Warm-up 1-10, cool-down 11-40, constant 41-80, exponential decay 81-100 (Ibrahim et al. 2024)."""
     seen = factors(
         kind="infinite",
         warmup_steps=10,
