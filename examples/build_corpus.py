@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Build two small corpora of different kinds from the standard library of the Python that runs this.
+"""Build two small corpora of different kinds from the standard library of the Python that runs this, or from an installed package.
 
     python examples/build_corpus.py --output corpus
+    python examples/build_corpus.py --package torch --output other_corpus
 
 writes prose.train.jsonl and prose.valid.jsonl (docstrings, one module a document), and code.train.jsonl and code.valid.jsonl (the same
 modules without docstrings and comments). A module is held out for validation in both or in neither. Code lines that share 50 characters in
@@ -11,6 +12,7 @@ a row with any of the prose are left out, so that a model can learn nothing of o
 import argparse
 import ast
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -38,13 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the four files; made if missing")
+    parser.add_argument("--package", metavar="NAME", help="an installed package to read instead of the standard library")
     options = parser.parse_args(arguments)
+    library = Path(sysconfig.get_path("stdlib")) if options.package is None else folder_of(options.package, parser)
     options.output.mkdir(parents=True, exist_ok=True)
-    prose, code = build(Path(sysconfig.get_path("stdlib")))
+    prose, code = build(library)
     for kind, documents in (("prose", prose), ("code", code)):
         for split, held_out in (("train", False), ("valid", True)):
             chosen = {path: text for path, text in documents.items() if is_held_out(path) == held_out}
             write_documents(options.output / f"{kind}.{split}.jsonl", chosen)
+
+
+def folder_of(package: str, parser: argparse.ArgumentParser) -> Path:
+    """Where an installed package lies; ends the program with a message if there is none. The package is not imported."""
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        parser.error(f"--package {package}: accepted is the name of an installed package, such as torch")
+    return Path(found.submodule_search_locations[0])
 
 
 def build(library: Path) -> tuple[dict[str, str], dict[str, str]]:

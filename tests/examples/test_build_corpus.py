@@ -81,6 +81,26 @@ def test_building_again_gives_the_same(corpora: dict[str, dict[str, str]]) -> No
     assert prose["decoder.py"] == (corpora["prose.train.jsonl"] | corpora["prose.valid.jsonl"])["json/decoder.py"]
 
 
+def test_an_installed_package_is_read_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {f"part{number}.py": f'"""About part {number}."""\n\nraise SystemExit("imported", {number})\n' for number in range(40)}
+    for name, source in {"__init__.py": "", **modules}.items():
+        path = tmp_path / "somepackage" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    build_corpus.main(["--package", "somepackage", "--output", str(tmp_path / "out")])
+    lines = [line for split in ("train", "valid") for line in (tmp_path / "out" / f"prose.{split}.jsonl").read_text("utf-8").splitlines()]
+    found = {record["path"]: record["text"] for record in map(json.loads, lines)}
+    assert found == {name: f"About part {number}." for number, name in enumerate(modules)}
+
+
+@pytest.mark.parametrize("name", ["nothing_of_that_name", "json.decoder", "ast", "../torch"])
+def test_what_is_no_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build_corpus.main(["--package", name, "--output", str(tmp_path / "out")])
+    assert f"--package {name}: accepted is the name of an installed package" in capsys.readouterr().err
+
+
 class WithoutStrings(ast.NodeTransformer):
     """Takes out statements that are only a string."""
 
