@@ -78,6 +78,9 @@ def test_options(folder: Path, tmp_path: Path) -> None:
     run_well("preprocess_data", *common, "--input", folder / "good.jsonl.gz", "--json-keys", "text", "title", "--no-append-eod")
     assert len(IndexedDataset(tmp_path / "a_text_document")) == 2
     titles = IndexedDataset(tmp_path / "a_title_document")
+    run_well("preprocess_data", *common, "--input", folder / "good.jsonl.gz", "--metadata", r"# {title}\n", "--no-append-eod")
+    rows, reference = IndexedDataset(tmp_path / "a_text_metadata"), AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert [rows.tokens(number).tolist() for number in range(len(rows))] == [reference(f"# title {n}\n")["input_ids"] for n in (0, 2)]
     assert len(titles) == 3 and titles.tokens(0)[-1] != 2
     output = run_well("preprocess_data", *common, "--input", folder / "bad.jsonl", "--on-error", "skip", "--text-key", "title")
     assert f"2 unreadable records skipped, listed in {tmp_path}/a.skipped.jsonl" in output
