@@ -66,7 +66,8 @@ class Corpus:
             raise DataError(f"{options.path}.bin has no tokens (source {options.name!r})")
         self.metadata = read_metadata(options, len(self.dataset)) if options.metadata else None
         self._selection = Selection(options, self.dataset, self.is_held_out) if options.selects else None
-        self._order_is_random = options.order == "shuffled"
+        self.is_sorted = options.order != "shuffled"
+        """Documents are trained on by score."""
 
     def __len__(self) -> int:
         """Positions of an epoch of training."""
@@ -115,28 +116,26 @@ class Corpus:
     ) -> Iterator[tuple[int, Piece]]:
         """Pieces of documents to train on, for ever, from token ``start`` of the document at ``position`` on; with their positions.
 
-        ``metadata``: documents begin with theirs, where the source has any.
-
-        Raises:
-            DataError: the metadata of a document leave no room for it in a sequence.
+        ``metadata``: documents begin with theirs, where the source has any; they are shorter than ``sequence_length``.
         """
-        documents = self.shuffled(str(seed), position) if self._order_is_random else self._sorted(str(seed), position)
+        documents = self._sorted(str(seed), position) if self.is_sorted else self.shuffled(str(seed), position)
         for place, document in documents:
-            prefix = self._prefix(document, sequence_length) if metadata and start == 0 else 0
+            described = metadata and self.metadata is not None and start == 0
+            prefix = int(self.metadata.lengths[document]) if described else 0
             yield from ((place, piece) for piece in cut(source, document, self.length(document), sequence_length, start, prefix))
             start = 0
 
-    def _prefix(self, document: int, sequence_length: int) -> int:
-        """Tokens of metadata of a document, fewer than a sequence has."""
+    def check_metadata(self, sequence_length: int) -> None:
+        """Raise DataError if the metadata of a document leave no room for it in a sequence."""
         if self.metadata is None:
-            return 0
-        tokens = int(self.metadata.lengths[document])
-        if tokens >= sequence_length:
+            return
+        documents, _ = self.training_lengths()
+        document = int(documents[self.metadata.lengths[documents].argmax()])
+        if (tokens := int(self.metadata.lengths[document])) >= sequence_length:
             raise DataError(
                 f"{self.metadata.bin_path}: document {document} of source {self.name!r} has {tokens} tokens of metadata; "
                 f"accepted: fewer than data.sequence_length ({sequence_length})"
             )
-        return tokens
 
     def is_held_out(self, document: int) -> bool:
         """True if the document belongs to validation."""

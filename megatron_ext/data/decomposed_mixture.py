@@ -14,6 +14,7 @@ from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.sampler import Sampler
 from megatron_ext.data.shares import ConstantShares, Turns
 from megatron_ext.data.stages import Stage
+from megatron_ext.errors import ConfigError
 
 STATE_VERSION = 1
 
@@ -35,6 +36,9 @@ class DecomposedMixture(Sampler):
         smallest: tokens of the shortest pieces of a bucket, a power of two. What is left of a document is one shorter piece.
         curriculum: which lengths come first in a cycle.
         cycle_tokens: tokens of a cycle, in which every bucket has its share of the tokens of the data.
+
+    Raises:
+        ConfigError: a source has metadata, or an order by scores.
     """
 
     def __init__(
@@ -48,6 +52,12 @@ class DecomposedMixture(Sampler):
         cycle_tokens: int,
     ) -> None:
         self.corpora = list(corpora)
+        for corpus in self.corpora:
+            if corpus.metadata is not None or corpus.is_sorted:
+                raise ConfigError(
+                    f"source {corpus.name!r} has {'an order by scores' if corpus.is_sorted else 'metadata'}; accepted with "
+                    "data.decomposition: sources in random order without metadata"
+                )
         self._seed, self._smallest = seed, smallest
         of_sources = ConstantShares.of(shares)
         self.stages = [Stage(0, sequence_length, of_sources)]
@@ -61,7 +71,8 @@ class DecomposedMixture(Sampler):
         by_size = tuple(sum(each) / sum(map(sum, owed.values())) for each in owed.values())
         self._shares = CycleShares(by_size, odds(curriculum, by_size), cycle_tokens)
         self._mixtures = {
-            size: Mixture(list(each.values()), owed[size], seed, max(size, smallest - 1)) for size, each in self._buckets.items()
+            size: Mixture(list(each.values()), owed[size], seed, max(size, smallest - 1), metadata=False)
+            for size, each in self._buckets.items()
         }
         self._begins = dict.fromkeys(self._mixtures, 0)
         """Tokens of each bucket at which counting for the curriculum begins."""

@@ -40,6 +40,9 @@ class Mixture(Sampler):
         sequence_length: longer documents are cut into consecutive pieces of this many tokens.
         metadata: documents begin with their metadata, where a source has any.
         later: the stages that follow the one that the arguments above describe.
+
+    Raises:
+        DataError: the metadata of a document fill a sequence.
     """
 
     def __init__(
@@ -55,6 +58,9 @@ class Mixture(Sampler):
         self.seed = seed
         first = ConstantShares.of(shares) if isinstance(shares, Sequence) else shares
         self.stages = [Stage(0, sequence_length, first, metadata), *later]
+        for stage in self.stages:
+            for corpus in self.corpora if stage.metadata else ():
+                corpus.check_metadata(stage.sequence_length)
         self.cursors = [Cursor() for _ in corpora]
         self._begin = 0
         """Tokens of the run at which the counts of the cursors begin."""

@@ -98,7 +98,7 @@ class ReplayOptions:
     share: float
     """Share of all training tokens that come from the earlier mixture, between 0 and 1."""
     run: str | None = None
-    """Run directory of the earlier phase: its sources and weights are replayed."""
+    """Run directory of the earlier phase: its sources are replayed, by the weights that it has outside stages."""
     sources: list[SourceOptions] = field(default_factory=list)
     """The sources to replay, when there is no earlier run directory."""
     decay: ReplayDecayOptions | None = None
@@ -258,9 +258,6 @@ class DataOptions:
         yield not self.stages, "stages", f"{len(self.stages)} stages", "none with decomposition"
         decay = self.replay.decay if self.replay else None
         yield decay is None, "replay.decay", decay, "null with decomposition"
-        for source in [*self.sources, *(self.replay.sources if self.replay else [])]:
-            yield source.metadata is None, f"source {source.name}: metadata", source.metadata, "null with decomposition"
-            yield source.order == "shuffled", f"source {source.name}: order", source.order, "shuffled with decomposition"
 
 
 def _distinct(key: str, sources: Iterable[SourceOptions]) -> tuple[bool, str, object, str]:

@@ -18,7 +18,7 @@ from megatron_ext.data.decomposition import Bucket, sizes
 from megatron_ext.data.length_curriculum import Curriculum, CycleShares, odds
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.data.options import SourceOptions
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 from tests.train.tiny_run import random_documents, write_corpus
 
 SMALLEST, LARGEST, STEP, CYCLE = 4, 32, 64, 1000
@@ -171,6 +171,14 @@ def test_resuming_anywhere_in_a_cycle_changes_nothing(corpora: list[Corpus], sto
             mixture.load_state_dict(state)
         taken.append(mixture.take(STEP))
     assert taken == expected
+
+
+def test_metadata_and_scores_do_not_go_with_it(corpora: list[Corpus], tmp_path: Path) -> None:
+    path, scores = corpora[0].path, str(tmp_path / "scores.npy")
+    np.save(scores, np.zeros(len(corpora[0]), dtype=np.float32))
+    for options, what in (({"metadata": path}, "metadata"), ({"scores": scores, "order": "ascending"}, "an order by scores")):
+        with pytest.raises(ConfigError, match=rf"source 'a' has {what}; accepted with data\.decomposition"):
+            mixture_of([Corpus(SourceOptions("a", path, **options))])
 
 
 def test_a_copy_goes_on_by_itself(corpora: list[Corpus]) -> None:

@@ -195,8 +195,11 @@ def test_metadata_that_do_not_fit_are_refused(corpus: Corpus, tmp_path: Path) ->
     long[4] = np.ones(SEQUENCE, np.uint16)
     described = Corpus(SourceOptions("c", corpus.path, metadata=write_corpus(tmp_path / "long", long)))
     with pytest.raises(DataError, match=r"long\.bin: document 4 of source 'c' has 16 tokens of metadata; accepted: fewer than .* \(16\)"):
-        epoch_of(described)
-    assert epoch_of(described, metadata=False)
+        Mixture([described], [1.0], 0, SEQUENCE)
+    with pytest.raises(DataError, match=r"accepted: fewer than data\.sequence_length \(4\)"):
+        Mixture([described], [1.0], 0, 32, later=[Stage(100, 4, ConstantShares.of([1]))])
+    assert Mixture([described], [1.0], 0, SEQUENCE, metadata=False).take(64)
+    assert Mixture([described], [1.0], 0, SEQUENCE + 1).take(64)
 
 
 def test_a_token_outside_the_vocabulary_names_the_metadata(corpus: Corpus, tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ def test_plans_made_ahead_follow_the_curriculum(run_ranks: RunRanks, alone: Path
 REFUSED = [
     ("data.sequence_length=48", "data.sequence_length: 48; accepted: a power of two with decomposition"),
     ("data.stages=[{sequence_length: 32}]", "data.stages: '1 stages'; accepted: none with decomposition"),
-    ("data.sources.0.metadata=rows", "data.source prose: metadata: 'rows'; accepted: null with decomposition"),
+    (
+        "data.replay={share: 0.5, run: r, decay: {to: 0, tokens: 5}}",
+        "data.replay.decay: ReplayDecayOptions(to=0.0, tokens=5, shape='linear'); accepted: null with decomposition",
+    ),
 ]
 
 
