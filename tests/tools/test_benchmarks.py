@@ -23,6 +23,11 @@ TOOLS = Path(__file__).parents[2] / "tools"
             "bench_prepacking.py --prompts 6 --median 20 --tokens-per-pack 128 --hidden-size 64 --layers 1 --vocab-size 64 --rounds 1",
             ["megatron_ext, packed", "transformers, sorted, padded"],
         ),
+        (
+            "bench_long_context.py --mebibytes 16 --hidden-size 16 --layers 1 --vocab-size 64 --rounds 1 --precision 1 --ways transformers "
+            "megatron_ext",
+            ["transformers on 1: ", "megatron_ext on 1: "],
+        ),
         ("bench_checkpoint.py --parameters 9000000 --rounds 1", ["deepspeed / megatron_ext", "convert"]),
     ],
 )

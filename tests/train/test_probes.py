@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ext.model.block import Block
 from megatron_ext.model.gpt import GPT
+from megatron_ext.model.mlp import set_tile
 from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.probes import watched
 from megatron_ext.parallel.group import Group
@@ -136,6 +137,12 @@ def test_what_backward_computes_again_is_not_seen(reading: dict[str, Any], pack:
     with mock.patch.object(Block, "_forward", autospec=True, side_effect=Block._forward) as calls:
         assert reading_of(model_of(recompute=recompute), [pack]) == reading
     assert calls.call_count == 2 * CONFIG.num_layers, "blocks did run again"
+
+
+def test_tiles_of_tokens_are_seen_as_one(reading: dict[str, Any], pack: OnePack) -> None:
+    model = model_of()
+    set_tile(model, 4)
+    assert_close(reading_of(model, [pack]), reading, 1e-11)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
