@@ -95,6 +95,16 @@ def test_every_grid_finds_the_same(run_ranks: RunRanks, tmp_path: Path, alone: P
         assert [bucket["start"] for bucket in buckets] == [0, 2, 9] and sum(bucket["tokens"] for bucket in buckets) == wanted["eval_tokens"]
 
 
+def test_rings_find_the_same(run_ranks: RunRanks, tmp_path: Path) -> None:
+    one_head = {"model__num_heads": 1, "model__num_kv_heads": 1, "train__steps": 1}
+    shared = {"planning__policy": "adaptive", "planning__largest_degree": 2, "planning__tokens_per_pack": 16}
+    [_, wanted] = run(run_ranks, tmp_path / "alone", 1, **one_head)
+    [_, found] = run(run_ranks, tmp_path / "ring", 2, **one_head, **shared)
+    assert any(pack[2] == 2 for plan in records(tmp_path / "ring/run", "plan") for pack in plan["packs"])
+    assert found["exact"] == wanted["exact"]
+    assert found["log_probability"][1] == pytest.approx(wanted["log_probability"][1], rel=1e-10)
+
+
 def test_zero_finds_the_same_in_float32(run_ranks: RunRanks, tmp_path: Path, alone: Path) -> None:
     found = run(run_ranks, tmp_path, 2, optimizer__sharding="zero3", train__dtype="float32")
     wanted = records(alone / "run", "needle")
