@@ -96,7 +96,7 @@ def test_every_grid_finds_the_same(run_ranks: RunRanks, tmp_path: Path, alone: P
 
 
 def test_rings_find_the_same(run_ranks: RunRanks, tmp_path: Path) -> None:
-    one_head = {"model__num_heads": 1, "model__num_kv_heads": 1, "train__steps": 1}
+    one_head = {"model__num_heads": 1, "model__num_kv_heads": 1, "train__steps": 2}
     shared = {"planning__policy": "adaptive", "planning__largest_degree": 2, "planning__tokens_per_pack": 16}
     [_, wanted] = run(run_ranks, tmp_path / "alone", 1, **one_head)
     [_, found] = run(run_ranks, tmp_path / "ring", 2, **one_head, **shared)
