@@ -10,6 +10,8 @@ from megatron_ext.model.norm_options import NormOptions
 
 OWN_TYPE = "megatron_ext"
 """Their ``model_type``."""
+ADDED_LATER = frozenset({"rope"})
+"""Keys that older checkpoints do not have: their models are what the defaults say."""
 BESIDE = ("model_type", "no_family_has", "dtype", "torch_dtype", "bos_token_id", "eos_token_id")
 """Keys that say nothing about the model."""
 
@@ -56,6 +58,6 @@ def _read_fields(kind: Any, value: Any, key: str) -> Any:
     kinds = get_type_hints(kind)
     if not isinstance(value, dict):
         raise CheckpointError(f"{key}: {value!r}; accepted: an object with {', '.join(kinds)}")
-    if wrong := sorted(value.keys() ^ kinds.keys()):
+    if wrong := sorted((value.keys() ^ kinds.keys()) - (ADDED_LATER - value.keys())):
         raise CheckpointError(f"{key}: {wrong[0]} is {'unknown' if wrong[0] in value else 'missing'}; needed are {', '.join(kinds)}")
-    return kind(**{name: _read(kinds[name], value[name], f"{key}: {name}") for name in kinds})
+    return kind(**{name: _read(kinds[name], value[name], f"{key}: {name}") for name in kinds if name in value})

@@ -39,6 +39,11 @@ def test_a_model_without_a_family_says_why_and_comes_back(changes: dict[str, Any
     assert config_from_hf(hf) == config
 
 
+def test_a_checkpoint_from_before_scaled_positions_is_read() -> None:
+    hf = config_to_hf(OWN, dtype="float32")
+    assert hf.pop("rope") is not None and config_from_hf(hf) == OWN
+
+
 def test_a_plain_model_and_one_that_only_trains_differently_stay_in_a_family() -> None:
     assert not no_family_has(PLAIN)
     shrunk = config_to_hf(replace(PLAIN, embedding_gradient_shrink=0.1), dtype="float32")
