@@ -91,9 +91,9 @@ class RunConfig(BaseModel):
             ),
             (
                 self.distillation is None or sharding != "zero3",
-                "distillation",
-                "set",
-                "null with optimizer.sharding zero3, which has no whole output matrix to compare predictions by",
+                "optimizer.sharding",
+                sharding,
+                "another with distillation, which reads the output matrix that zero3 divides",
             ),
             (has_vocabulary, "tokenizer", self.tokenizer, "a directory; null with model.init_from or model.vocab_size"),
         )

@@ -94,7 +94,7 @@ class WeightFiles:
 
 def source_weights(corpora: Sequence[Corpus]) -> SourceWeights | None:
     """The weights that sources bring; None if none of them does. Raises as ``WeightFiles``."""
-    files = [WeightFiles(corpus) if corpus.options.document_weights or corpus.options.token_weights else None for corpus in corpora]
+    files = [WeightFiles(corpus) if corpus.options.is_weighted else None for corpus in corpora]
     return SourceWeights(files) if any(files) else None
 
 

@@ -71,6 +71,11 @@ class SourceOptions:
         )
 
     @property
+    def is_weighted(self) -> bool:
+        """Whether the losses of its tokens have weights."""
+        return self.document_weights is not None or self.token_weights is not None
+
+    @property
     def selects(self) -> bool:
         """Whether documents are left out or sorted."""
         return any(each is not None for each in (self.min_tokens, self.max_tokens, self.scores, self.subset_tokens))

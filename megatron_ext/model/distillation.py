@@ -17,18 +17,26 @@ Head = tuple[Tensor, Tensor]
 
 
 def linear_kl_divergence(
-    student: Head, teacher: Head, token_weight: Tensor, rows: Split | None = None, group: Group | None = None
+    student: Head,
+    teacher: Head,
+    token_weight: Tensor,
+    rows: Split | None = None,
+    group: Group | None = None,
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum over tokens of KL(teacher || student) of the two softmax distributions, and each of them (Hinton et al. 2015).
 
     The hidden sizes may differ, the vocabulary V not. ``token_weight`` float [T]. Returns the sum (a scalar, differentiable by the
     student's tensors) and the unweighted divergences [T] in nats (no gradient), float32, or float64 for float64 input. A token of
-    weight 0 is not computed and reported as 0. Logits of a few hundred tokens exist at a time.
+    weight 0 is not computed and reported as 0. ``tile``: most tokens whose logits exist at a time; None: as few
+    as are computed without loss of speed.
 
     With ``rows`` and the tensor-parallel ``group``, as in ``linear_cross_entropy``: of each token with weight 5 numbers are all-reduced.
     """
     rows = rows or even_split(len(student[1]), 0, 1)
-    return _LinearKL.apply(*student, *teacher, token_weight, rows, group or single().group)
+    group = group or single().group
+    tile = tile or chunk_tokens(student[1].device, rows.total // group.size)
+    return _LinearKL.apply(*student, *teacher, token_weight, group, tile)
 
 
 class _LinearKL(torch.autograd.Function):
@@ -36,13 +44,13 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, token_weight: Tensor, split: Split, group: Group
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, token_weight: Tensor, group: Group, tile: int
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=wide)
         divergence = hidden.new_zeros(len(hidden), dtype=wide)
         token_weight = token_weight.to(wide)
-        for rows in token_weight.nonzero().squeeze(1).split(chunk_tokens(weight.device, split.total // group.size)):
+        for rows in token_weight.nonzero().squeeze(1).split(tile):
             x = hidden[rows]
             divergence[rows], grad = _kl((x @ weight.T).to(wide), (teacher[rows] @ teacher_weight.T).to(wide), group)
             grad = (grad * token_weight[rows, None]).to(x.dtype)

@@ -155,9 +155,9 @@ class OptimizerOptions:
             ),
             (
                 not self.methods or self.sharding == "whole_tensor",
-                ", ".join(self.methods),
-                "set",
-                f"null with sharding {self.sharding}: ZeRO hands out slices of one flat tensor, which have no names and no rows",
+                "sharding",
+                self.sharding,
+                f"whole_tensor with {', '.join(self.methods)}: ZeRO hands out slices of one flat tensor, which have no names and no rows",
             ),
             (
                 self.half_fine_tuning is None or self.adamw == "torch",

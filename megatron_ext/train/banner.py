@@ -1,5 +1,7 @@
 """What a run is, in the lines that it begins with."""
 
+from dataclasses import asdict
+
 import torch
 
 from megatron_ext.model.gpt import parameter_shapes
@@ -23,11 +25,22 @@ def describe_run(setup: Setup, grid: Grid, dtype: torch.dtype) -> dict[str, str]
         "parameters": f"{parameters:,}",
         "optimizer": f"{config.optimizer.rule} on {masters} masters, {sharding}",
         **_describe_rules(setup, grid),
+        **_describe_methods(setup),
         "step": f"{config.data.tokens_per_step:,} tokens at most; {packs}",
         "budget": f"{setup.total_steps:,} steps, {setup.token_budget:,} tokens",
         "data": ", ".join(f"{each.name} {tokens / setup.token_budget:.1%} ({each.num_tokens:,} tokens)" for each, tokens in sources),
         **{f"  stage {number}": line for number, line in enumerate(describe_stages(setup)) if len(setup.mixture.stages) > 1},
     }
+
+
+def _describe_methods(setup: Setup) -> dict[str, str]:
+    """What changes updates, the loss or its weights."""
+    options = setup.config.optimizer
+    on = {f"optimizer.{key}": getattr(options, key) for key in options.methods}
+    on |= {key: getattr(setup.config, key) for key in ("distillation", "loss_weighting") if getattr(setup.config, key) is not None}
+    lines = [f"{key} {asdict(value)}" for key, value in on.items()]
+    lines += [f"weights of the losses of {corpus.name}" for corpus in setup.mixture.corpora if corpus.options.is_weighted]
+    return {"methods": "; ".join(lines)} if lines else {}
 
 
 def describe_stages(setup: Setup) -> list[str]:

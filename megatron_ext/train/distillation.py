@@ -126,7 +126,7 @@ class Distillation:
             theirs = self.teacher.head_operands(self._stream, len(self._batch.tokens))
         tp = self._student.tp
         rows = tp.rows(self._student.config.vocab_size)
-        divergence, _ = linear_kl_divergence((hidden, weight), theirs, self._token_weights("kl"), rows, tp.group)
+        divergence, _ = linear_kl_divergence((hidden, weight), theirs, self._token_weights("kl"), rows, tp.group, self._student.loss_tile)
         if tp.group.rank == 0:
             self._sums[0] += divergence.detach()
         return loss + self._weights["kl"] * divergence

@@ -52,6 +52,11 @@ REFUSED = [
     ("optimizer.magnitude_gate={threshold: 1}", "optimizer.magnitude_gate.threshold: 1.0; accepted: at least 0 and less than 1"),
     ("optimizer.meta_experience_replay={every: 0, factor: 0.5}", "optimizer.meta_experience_replay.every: 0; accepted: a number of steps"),
     ("optimizer.meta_experience_replay={every: 9, factor: 0}", "optimizer.meta_experience_replay.factor: 0.0; accepted: more than 0 and"),
+    (
+        "optimizer={sharding: zero2, half_fine_tuning: {stage_steps: 5}, magnitude_gate: {}}",
+        "optimizer.sharding: 'zero2'; accepted: whole_tensor with half_fine_tuning, magnitude_gate: ZeRO hands out slices",
+    ),
+    ("optimizer={adamw: apex, half_fine_tuning: {stage_steps: 5}}", "optimizer.adamw: 'apex'; accepted: torch with half_fine_tuning"),
     ("distillation={teacher: x}", "distillation.kl: null; accepted: at least one of kl and hidden"),
     ("distillation={teacher: '', kl: {weight: 1}}", "distillation.teacher: ''; accepted: directory of a checkpoint"),
     ("distillation={teacher: x, kl: {weight: -1}}", "distillation.kl.weight: -1.0; accepted: at least 0"),

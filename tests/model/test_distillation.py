@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ext.model import distillation
 from megatron_ext.model.distillation import attach_loss, hidden_distance, linear_kl_divergence
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.split import even_split
@@ -35,11 +34,11 @@ def by_torch() -> tuple[Tensor, list[Tensor], Tensor]:
     return total.detach(), list(torch.autograd.grad(3.0 * total, (hidden, matrix))), divergence.detach() * (weight > 0)
 
 
-def test_divergence_is_that_of_torch_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "chunk_tokens", lambda device, rows: 7)
+@pytest.mark.parametrize("tile", [None, 7, 1])
+def test_divergence_is_that_of_torch_in_tiles(tile: int | None) -> None:
     hidden, matrix, theirs, their_matrix, weight = tensors()
     hidden.requires_grad_(), matrix.requires_grad_()
-    total, divergence = linear_kl_divergence((hidden, matrix), (theirs, their_matrix), weight)
+    total, divergence = linear_kl_divergence((hidden, matrix), (theirs, their_matrix), weight, tile=tile)
     found = torch.autograd.grad(3.0 * total, (hidden, matrix))
     expected, gradients, divergences = by_torch()
     torch.testing.assert_close([total.detach(), *found, divergence], [expected, *gradients, divergences], rtol=1e-12, atol=1e-13)

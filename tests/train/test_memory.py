@@ -219,3 +219,11 @@ def test_the_tool_marks_what_fits(path: str, capsys: pytest.CaptureFixture[str],
     marks = [line.endswith("fits") for line in lines[1:]]
     assert marks == sorted(marks, reverse=True) and 0 < sum(marks) < len(marks)
     assert Path(path).exists()
+
+
+def test_anchors_are_counted(path: str) -> None:
+    plain, replay = (
+        rank_memory(config_of(path, *keys), MODEL, GridShape(1, 2, 1), 0, torch.bfloat16).optimizer
+        for keys in ([], ["optimizer.meta_experience_replay={every: 5, factor: 0.5}"])
+    )
+    assert replay / plain == pytest.approx(4 / 3, rel=1e-5)

@@ -183,7 +183,9 @@ def all_at_once(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.mark.parametrize("ranks, changes", [(4, {}), (4, {"parallel__tp": 2}), (4, {"parallel__pp": 2})], ids=["dp4", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    "ranks, changes", [(2, {"train__mlp_tile_tokens": 5}), (4, {"parallel__tp": 2}), (4, {"parallel__pp": 2})], ids=["dp2", "tp2", "pp2"]
+)
 def test_shared_packs_change_nothing(
     run_ranks: RunRanks, tmp_path: Path, all_at_once: Path, ranks: int, changes: dict[str, object]
 ) -> None:
