@@ -69,6 +69,7 @@ setup(
     extras_require={
         "dev": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6,<7",
             "megatron-core>=0.13,<0.17",
             "adamp>=0.3,<0.4",
