@@ -79,13 +79,19 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _window(options: argparse.Namespace) -> WindowOptions | None:
-    return None if options.local_tokens is None else WindowOptions(options.local_tokens, options.global_tokens)
+    if options.local_tokens is None and options.global_tokens is not None:
+        raise ConfigError(f"--global-tokens {options.global_tokens}; accepted: only with --local-tokens, which opens the window")
+    if options.local_tokens is None:
+        return None
+    given = {} if options.global_tokens is None else {"global_tokens": options.global_tokens}
+    return WindowOptions(options.local_tokens, **given)
 
 
 def _loss(options: argparse.Namespace, model: GPT, data: str) -> EvaluationResult:
     longest = model.config.max_position
     length = options.sequence_length or longest
-    length = length if model.window else min(length, longest)
+    if length > longest and model.window is None:
+        raise ConfigError(f"--sequence-length {length}; accepted: at most the {longest} tokens that the model takes, or --local-tokens")
     packs = evaluation_packs(data, options.tokenizer or options.model, length, options.tokens, model.config.vocab_size)
     device = next(model.parameters()).device
     return evaluate_alone(model, Path(data).name, [pack.to(device) for pack in packs], options.position_buckets)
@@ -162,9 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a piece of a document (default, and at most without a window: what the model takes)",
     )
     parser.add_argument("--local-tokens", type=int, metavar="N", help="see only the first and so many of the last tokens (default: all)")
-    parser.add_argument(
-        "--global-tokens", type=int, default=16, metavar="N", help="of the first tokens with --local-tokens (default: %(default)s)"
-    )
+    parser.add_argument("--global-tokens", type=int, metavar="N", help="of the first tokens with --local-tokens (default: 16)")
     parser.add_argument(
         "--position-buckets",
         type=int,

@@ -65,8 +65,11 @@ class DecomposedMixture(Sampler):
         """By size, then by number of the source."""
         for size in sizes(smallest, sequence_length):
             buckets = {source: Bucket(corpus, size, smallest, sequence_length) for source, corpus in enumerate(self.corpora)}
-            if filled := {source: bucket for source, bucket in buckets.items() if len(bucket)}:
+            if filled := {source: bucket for source, bucket in buckets.items() if bucket.trains}:
                 self._buckets[size] = filled
+        for source, corpus in enumerate(self.corpora):
+            if not any(source in filled for filled in self._buckets.values()):
+                corpus.check_side(corpus.training_lengths()[0])
         owed = {size: [self._share(source, bucket) for source, bucket in each.items()] for size, each in self._buckets.items()}
         by_size = tuple(sum(each) / sum(map(sum, owed.values())) for each in owed.values())
         self._shares = CycleShares(by_size, odds(curriculum, by_size), cycle_tokens)
@@ -140,7 +143,7 @@ class DecomposedMixture(Sampler):
 
     def load_state_dict(self, state: dict[str, Any], allow_changed: bool = False) -> None:
         """As in ``Sampler``. With changed data each bucket goes on where it was, those that were not there begin, and so does a cycle."""
-        changed = self._is_changed(state, allow_changed)
+        changed = self._is_changed(state, self.fingerprint(), allow_changed)
         for size, mixture in self._mixtures.items():
             if str(size) in state.get("buckets", {}):
                 mixture.load_state_dict(state["buckets"][str(size)], allow_changed)

@@ -40,6 +40,11 @@ class Bucket:
         """Tokens of an epoch of training, as far as is known without reading documents."""
         return self._corpus.training_tokens / self._corpus.num_tokens * self.num_tokens
 
+    @property
+    def trains(self) -> bool:
+        """Whether any of its pieces is of a document that is not held out."""
+        return not all(self._corpus.is_held_out(int(document)) for document in self._documents)
+
     def fingerprint(self) -> list[int]:
         """What makes the bucket of a corpus; the corpus has a fingerprint of its own."""
         return [self._size, self._smallest, self._largest]
@@ -50,12 +55,8 @@ class Bucket:
         """Pieces of documents to train on, for ever, from ``position`` on, with their positions: a position is a piece.
 
         Each run through the bucket is an epoch with an order of its own. ``sequence_length``, ``start`` and ``metadata`` have no meaning
-        here: the bucket decides how long pieces are.
-
-        Raises:
-            DataError: all documents are held out.
+        here: the bucket decides how long pieces are. Only of a bucket that ``trains``.
         """
-        self._corpus.check_side(self._documents)
         while True:
             epoch, place = divmod(position, len(self))
             number = Permutation(len(self), f"{seed}/{self.name}/{self._size}/{epoch}")[place]

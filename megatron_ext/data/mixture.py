@@ -133,23 +133,30 @@ class Mixture(Sampler):
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the order: the data, the shares, the split, the seed, the sequence length and the stages."""
-        first, *later = self.stages
+        return self._fingerprint(self.stages)
+
+    def _past(self) -> str:
+        """Hash of what has decided the order so far: stages to come may be changed."""
+        return self._fingerprint([stage for stage in self.stages if stage.begin <= self._begin])
+
+    def _fingerprint(self, stages: Sequence[Stage]) -> str:
+        first, *later = stages
         alike = first.shares.shares if isinstance(first.shares, ConstantShares) else [None] * len(self.corpora)
         sources = [[c.name, c.fingerprint(), c.held_out, share] for c, share in zip(self.corpora, alike, strict=True)]
         values = [STATE_VERSION, self.seed, first.sequence_length, sources]
         if later or not first.metadata or not isinstance(first.shares, ConstantShares):
-            values.append([asdict(stage) for stage in self.stages])
+            values.append([asdict(stage) for stage in stages])
         return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON values: the fingerprint, where counting began, and three integers for each source."""
         cursors = {corpus.name: asdict(cursor) for corpus, cursor in zip(self.corpora, self.cursors, strict=True)}
-        return {"version": STATE_VERSION, "fingerprint": self.fingerprint(), "begin": self._begin, "cursors": cursors}
+        return {"version": STATE_VERSION, "fingerprint": self._past(), "begin": self._begin, "cursors": cursors}
 
     def load_state_dict(self, state: dict[str, Any], allow_changed: bool = False) -> None:
         """As in ``Sampler``."""
-        changed = self._is_changed(state, allow_changed)
         self._begin = state.get("begin", 0)
+        changed = self._is_changed(state, self._past(), allow_changed)
         if changed:
             self._begin += sum(cursor["tokens"] for cursor in state["cursors"].values())
         for corpus, cursor in zip(self.corpora, self.cursors, strict=True):

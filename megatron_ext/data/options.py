@@ -226,12 +226,21 @@ class DataOptions:
             ),
             *self._stage_rules(),
             *self._decomposition_rules(),
+            *self._validation_rules(),
         )
 
     @property
     def longest_sequence(self) -> int:
         """Most tokens of a piece in any stage."""
         return max([stage.sequence_length or self.sequence_length for stage in self.stages], default=self.sequence_length)
+
+    def _validation_rules(self) -> Iterator[tuple[bool, str, object, str]]:
+        plain = SourceOptions("plain", "plain")
+        for number, source in enumerate(self.validation):
+            for key in ("max_epochs", "metadata", "document_weights", "token_weights", "order", "subset_tokens"):
+                value = getattr(source, key)
+                unset = value == getattr(plain, key)
+                yield unset, f"validation.{number}.{key}", value, "nothing: it is for training, and evaluation would not heed it"
 
     def _stage_rules(self) -> Iterator[tuple[bool, str, object, str]]:
         names = [source.name for source in self.sources]

@@ -70,13 +70,14 @@ class Sampler(ABC):
                     f"its max_epochs is {corpus.max_epochs}. Accepted: a smaller weight, fewer train.steps, or a larger max_epochs"
                 )
 
-    def _is_changed(self, state: dict[str, Any], allow_changed: bool) -> bool:
-        """Whether a state is of other data. Raises DataError if that is not allowed."""
-        changed = state["fingerprint"] != self.fingerprint()
+    def _is_changed(self, state: dict[str, Any], fingerprint: str, allow_changed: bool) -> bool:
+        """Whether a state is not of the data that ``fingerprint`` says. Raises DataError if that is not allowed."""
+        changed = state["fingerprint"] != fingerprint
         if changed and not allow_changed:
             raise DataError(
-                f"the training data changed since the checkpoint (fingerprint {state['fingerprint']}, now {self.fingerprint()}): "
-                "a source, its files, weights, seed, split, data.sequence_length, data.stages or data.decomposition differ. "
+                f"the training data changed since the checkpoint (fingerprint {state['fingerprint']}, now {fingerprint}): "
+                "a source, its files, weights, seed, split, data.sequence_length, data.decomposition or a stage that has begun differ "
+                "(stages by share begin elsewhere with other train.steps). "
                 "Set checkpoint.allow_changed_data=true to continue with the new data"
             )
         return changed

@@ -31,10 +31,12 @@ class Tokenizer:
         definition: contents of a ``tokenizer.json``.
         eod_id: token that ends a document.
         name: what to call the tokenizer in messages.
+        split_special_tokens: read special tokens in texts as any other words.
+        bos_id: token that begins a document where there is one; no text gets it by itself.
     """
 
-    def __init__(self, definition: str, eod_id: int, name: str, split_special_tokens: bool = False) -> None:
-        self.name, self.eod_id = name, eod_id
+    def __init__(self, definition: str, eod_id: int, name: str, split_special_tokens: bool = False, bos_id: int | None = None) -> None:
+        self.name, self.eod_id, self.bos_id = name, eod_id, bos_id
         self._definition, self._split_special_tokens = definition, split_special_tokens
         self._backend = Backend.from_str(definition)
         self._backend.no_truncation()
@@ -46,7 +48,7 @@ class Tokenizer:
         self._words = WordCache(self._backend, self.dtype, find_words) if find_words else None
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Any, ...]]:
-        return Tokenizer, (self._definition, self.eod_id, self.name, self._split_special_tokens)
+        return Tokenizer, (self._definition, self.eod_id, self.name, self._split_special_tokens, self.bos_id)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, ``self.dtype`` [tokens]."""
@@ -121,7 +123,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise DataError(f"{folder}: {type(loaded).__name__} has no tokenizer.json backend, expected a fast tokenizer")
     if loaded.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer has no eos_token, which is needed to end documents")
-    return Tokenizer(loaded.backend_tokenizer.to_str(), loaded.eos_token_id, str(folder), loaded.split_special_tokens)
+    return Tokenizer(loaded.backend_tokenizer.to_str(), loaded.eos_token_id, str(folder), loaded.split_special_tokens, loaded.bos_token_id)
 
 
 def _loader(folder: Path) -> Any:

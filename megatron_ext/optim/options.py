@@ -1,5 +1,6 @@
 """What a user can say about the optimizer and the learning-rate schedule."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -123,6 +124,25 @@ class OptimizerOptions:
         keys = ("half_fine_tuning", "magnitude_gate", "meta_experience_replay")
         return [key for key in keys if getattr(self, key) is not None]
 
+    def _method_rules(self) -> Iterator[tuple[bool, str, object, str]]:
+        """Of methods that would undo each other: what is frozen stays as it is, whoever else wants to move it."""
+        replay, half, freezes = self.meta_experience_replay, self.half_fine_tuning, self.half_fine_tuning or self.magnitude_gate
+        yield (
+            self.qk_clip is None or freezes is None,
+            "qk_clip",
+            self.qk_clip,
+            "null with half_fine_tuning or magnitude_gate: a head of which some rows are frozen would be bent and not scaled",
+        )
+        yield (
+            replay is None or self.magnitude_gate is None,
+            "magnitude_gate",
+            "set",
+            "null with meta_experience_replay: rows that are frozen when it is due would never go back",
+        )
+        whole = replay is None or half is None or half.stage_steps % replay.every == 0
+        accepted = f"a multiple of meta_experience_replay.every ({replay and replay.every})"
+        yield whole, "half_fine_tuning.stage_steps", half and half.stage_steps, f"{accepted}, so that what it moves was trained throughout"
+
     @property
     def rules(self) -> set[str]:
         """Names of the rules that are asked for, beside adamw."""
@@ -165,6 +185,7 @@ class OptimizerOptions:
                 self.adamw,
                 "torch with half_fine_tuning: apex counts the steps of all parameters together",
             ),
+            *self._method_rules(),
             (0 <= self.qk_clip_alpha <= 1, "qk_clip_alpha", self.qk_clip_alpha, "between 0 and 1"),
             (self.clip_norm >= 0, "clip_norm", self.clip_norm, "at least 0; 0 switches clipping off"),
             (
@@ -226,6 +247,7 @@ class ScheduleOptions:
         periods = [self.period(end, total_steps) for end in [*self.decay_ends, total_steps]]
         shortest = min(end - begin - self.warmup(begin)[0] for begin, end in periods)
         first = periods[0][1]
+        decays = all(self.decay_length(end - begin) <= end - begin - self.warmup(begin)[0] for begin, end in periods)
         whole = "of the run" if not self.decay_ends else "up to the first of decay_ends"
         cooldown = self.cooldown_steps + self.decay_length(first) if self.kind == "infinite" else 0
         beside = f"at most {total_steps} steps less {self.warmup_steps} of warm-up"
@@ -239,7 +261,7 @@ class ScheduleOptions:
                 self.rewarm_steps,
                 "at most the steps from one decay's end to the next",
             ),
-            (not self.decay_steps or self.decay_steps <= shortest, "decay_steps", self.decay_steps, beside),
+            (decays or self.kind not in ("wsd", "infinite"), "decay_steps", self.decay_steps, beside),
             (
                 not self.cooldown_steps or self.warmup_steps + cooldown <= first,
                 "cooldown_steps",

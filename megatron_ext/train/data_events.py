@@ -42,6 +42,20 @@ class DataWatch:
         self._stage, self._epochs = stage, epochs
         return events
 
+    def unreached(self) -> list[DataEvent]:
+        """Stages that did not begin, at the end of a run: where documents do not fit, steps hold fewer tokens than they may."""
+        stages = self._mixture.stages
+        reached = stages.index(self._mixture.stage)
+        return [
+            DataEvent(
+                "stage_not_reached",
+                {"stage": number, "begin": stage.begin},
+                f"warning: stage {number} of the data, from {stage.begin:,} tokens on, never began",
+            )
+            for number, stage in enumerate(stages)
+            if number > reached
+        ]
+
     def _begun(self) -> DataEvent:
         stage = self._mixture.stage
         number = self._mixture.stages.index(stage)

@@ -80,7 +80,7 @@ def _memory(config: RunConfig, model: ModelConfig, shape: GridShape, gib: float 
 def _sources(setup: Setup) -> str:
     budget, rows = setup.token_budget, []
     for corpus, expected in zip(setup.mixture.corpora, setup.mixture.expected_tokens(budget), strict=True):
-        epochs = expected / corpus.num_tokens
+        epochs = expected / corpus.training_tokens
         rows.append(f"  {corpus.name}: {expected / budget:.1%} of the tokens, {corpus.num_tokens:,} in the corpus, {epochs:.2f} epochs")
     text = "sources\n" + "\n".join(rows)
     if len(setup.mixture.stages) > 1:

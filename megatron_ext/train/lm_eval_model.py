@@ -32,6 +32,8 @@ class PackedModel(LM):
         super().__init__()
         self._model, self._tokenizer = model, tokenizer
         self._most, self._tokens_per_pack = model.config.max_position, tokens_per_pack
+        self._first = tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
+        """What stands before a text without a context, as in lm-eval's own model."""
 
     @property
     def tokenizer_name(self) -> str:
@@ -48,8 +50,8 @@ class PackedModel(LM):
         return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
-        """Of each whole text, in nats, behind the end-of-document token and in windows of what the model takes."""
-        texts = [rolling_windows(self._encode(request.args[0]), self._tokenizer.eod_id, self._most) for request in requests]
+        """Of each whole text, in nats, behind the token that begins a document and in windows of what the model takes."""
+        texts = [rolling_windows(self._encode(request.args[0]), self._first, self._most) for request in requests]
         scores = iter(continuation_scores(self._model, [window for windows in texts for window in windows], self._tokens_per_pack))
         return [sum(next(scores).log_likelihood for _ in windows) for windows in texts]
 
@@ -83,7 +85,7 @@ class PackedModel(LM):
         begin = context.rstrip()
         first = self._encode(begin)
         rest = self._encode(context + continuation)[len(first) :]
-        return first or [self._tokenizer.eod_id], rest
+        return first or [self._first], rest
 
     def _kept(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """The end of a request that the model can take: it reads all but the last token."""
@@ -96,7 +98,7 @@ class PackedModel(LM):
         room = self._most - new_tokens
         if room < 1:
             raise ConfigError(f"{new_tokens} new tokens are wanted; accepted: fewer than the {self._most} tokens that the model takes")
-        return self._encode(context)[-room:] or [self._tokenizer.eod_id]
+        return self._encode(context)[-room:] or [self._first]
 
 
 def _check_greedy(options: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def check_objective(config: RunConfig, model: ModelConfig, sources: list[str]) -
         return
     teacher = load_hf_config(options.teacher)
     try:
-        check_divides(teacher, config.parallel)
+        depth = config.parallel if teacher.num_layers == model.num_layers else replace(config.parallel, layers_per_stage=None)
+        check_divides(teacher, depth)
+        longest, most = config.data.longest_sequence, teacher.max_position
+        require((most >= longest, "max_position", most, f"at least the {longest} tokens of the longest sequences of the run"))
         _check_fits(options, teacher, model, sources, config.planning.policy != "data_parallel")
     except ConfigError as error:
         raise ConfigError(f"distillation, teacher {options.teacher}: {error}") from error

@@ -29,7 +29,7 @@ from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.console import Console
 from megatron_ext.train.cost_correction import CostCorrection
 from megatron_ext.train.costs import cost_model
-from megatron_ext.train.data_events import DataWatch
+from megatron_ext.train.data_events import DataEvent, DataWatch
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.loss_weighting import build_loss_weighting
@@ -132,7 +132,8 @@ class Trainer:
             stopping = self._train_step()
             if self._due(self.config.evaluation.every) or self.step == self.total_steps:
                 self._evaluate()
-            self._find_needles()
+            if self._needles_due():
+                self._find_needles()
             if stopping or self._due(self.config.checkpoint.every) or self.step == self.total_steps:
                 self._save()
                 saved = self.step
@@ -141,6 +142,8 @@ class Trainer:
                 self.console.say(f"stopped after step {self.step} on request; start the same command again to continue")
                 break
         else:
+            for event in self.data_watch.unreached():
+                self._tell(event)
             self._say_what_was_forgotten()
             self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
 
@@ -170,12 +173,15 @@ class Trainer:
         self._check_rules(result)
         self._record(pieces, step_plan, result, factor, time.perf_counter() - begin)
         for event in self.data_watch.look():
-            self.metrics.write("event", event=event.name, step=self.step, tokens=self.tokens, **event.fields)
-            self.console.say(f"step {self.step}: {event.message}")
+            self._tell(event)
         if reading is not None:
             self.metrics.write("probe", step=self.step, tokens=self.tokens, **reading.record)
             self.monitors.write([(name, value, self.step) for name, value in reading.events()])
         return bool(result.flags[0] > 0)
+
+    def _tell(self, event: DataEvent) -> None:
+        self.metrics.write("event", event=event.name, step=self.step, tokens=self.tokens, **event.fields)
+        self.console.say(f"step {self.step}: {event.message}")
 
     def _weighted(self, packs: PlannedPacks) -> tuple[PlannedPacks, float]:
         """The packs with the weights of their losses, and the sum of those of the whole step."""
@@ -237,7 +243,8 @@ class Trainer:
 
     def _check_rules(self, result: StepResult) -> None:
         """Nobody should believe to train with Muon while nothing is orthogonalized."""
-        if {"muon", "normuon"} & self.config.optimizer.rules and not result.skipped and not result.orthogonalizations:
+        rests = result.skipped or self.config.optimizer.half_fine_tuning is not None
+        if {"muon", "normuon"} & self.config.optimizer.rules and not rests and not result.orthogonalizations:
             raise AssertionError(f"step {self.step}: a rule that orthogonalizes has parameters, but no matrix was orthogonalized")
 
     def _rule_records(self, factor: float, result: StepResult) -> dict[str, Any]:
@@ -270,12 +277,12 @@ class Trainer:
             losses = ", ".join(f"{each.source} {each.loss:.4f}" for each in results)
             self.console.say(f"step {self.step}: {results[0].split} loss {losses}")
 
-    def _find_needles(self) -> None:
-        """Ask for needles if it is the step for it."""
-        if self.needles is None:
-            return
+    def _needles_due(self) -> bool:
         options = self.config.evaluation
-        if not (self._due(options.needle.every or options.every) or self.step in (0, self.total_steps)):
+        return self.step == self.total_steps or self._due((options.needle and options.needle.every) or options.every)
+
+    def _find_needles(self) -> None:
+        if self.needles is None:
             return
         with self.model.seeing(self.config.model.evaluation_window):
             result = self.needles.run()
@@ -342,6 +349,11 @@ class Trainer:
         if self.branched and state["step"] >= self.total_steps:
             raise ConfigError(
                 f"train.steps: {self.total_steps}; accepted: more than the {state['step']} steps of {path}, which the run branches off"
+            )
+        if self.branched and self.config.distillation is not None and self.config.distillation.factor(state["step"] + 1) == 0:
+            raise ConfigError(
+                f"distillation.decay_steps: {self.config.distillation.decay_steps}; accepted: null, or more than the {state['step']} steps "
+                f"of {path}, which the run branches off and which count"
             )
         self.overrides = changes(state.get("settings", {}), settings(self.config))
         self.setup.mixture.load_state_dict(state["data"], options.allow_changed_data)

@@ -57,6 +57,22 @@ REFUSED = [
         "optimizer.sharding: 'zero2'; accepted: whole_tensor with half_fine_tuning, magnitude_gate: ZeRO hands out slices",
     ),
     ("optimizer={adamw: apex, half_fine_tuning: {stage_steps: 5}}", "optimizer.adamw: 'apex'; accepted: torch with half_fine_tuning"),
+    (
+        "optimizer={qk_clip: 9, magnitude_gate: {}}",
+        "optimizer.qk_clip: 9.0; accepted: null with half_fine_tuning or magnitude_gate",
+    ),
+    (
+        "optimizer={magnitude_gate: {}, meta_experience_replay: {every: 2, factor: 0.5}}",
+        "optimizer.magnitude_gate: 'set'; accepted: null with meta_experience_replay",
+    ),
+    (
+        "optimizer={half_fine_tuning: {stage_steps: 9}, meta_experience_replay: {every: 2, factor: 0.5}}",
+        "optimizer.half_fine_tuning.stage_steps: 9; accepted: a multiple of meta_experience_replay.every (2)",
+    ),
+    (
+        "data.validation=[{name: v, path: v, metadata: m}]",
+        "data.validation.0.metadata: 'm'; accepted: nothing: it is for training, and evaluation would not heed it",
+    ),
     ("distillation={teacher: x}", "distillation.kl: null; accepted: at least one of kl and hidden"),
     ("distillation={teacher: '', kl: {weight: 1}}", "distillation.teacher: ''; accepted: directory of a checkpoint"),
     ("distillation={teacher: x, kl: {weight: -1}}", "distillation.kl.weight: -1.0; accepted: at least 0"),

@@ -75,8 +75,28 @@ def test_held_out_documents_are_in_no_bucket(corpora: list[Corpus]) -> None:
     documents = {piece.document for _, piece in islice(bucket.pieces(0, 0, LARGEST, 0, 0), 200)}
     assert documents == {d for d in range(len(corpus)) if corpus.length(d) >= LARGEST and not corpus.is_held_out(d)}
     everything = Corpus(SourceOptions("a", corpora[0].path), held_out=0.999999)
+    assert bucket.trains and not Bucket(everything, LARGEST, SMALLEST, LARGEST).trains
     with pytest.raises(DataError, match="left for training"):
-        next(Bucket(everything, LARGEST, SMALLEST, LARGEST).pieces(0, 0, LARGEST, 0, 0))
+        DecomposedMixture([everything], [1.0], 0, LARGEST, SMALLEST, "natural", 1000)
+
+
+def test_a_bucket_whose_documents_are_all_held_out_has_no_turn(tmp_path: Path) -> None:
+    """The only long document is held out: the lengths of the others are trained on."""
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(1, 60, length).astype(np.uint16) for length in [20] * 40 + [200]]
+    corpus = Corpus(SourceOptions("a", write_corpus(tmp_path / "a", documents)), held_out=0.5)
+    seed = next(n for n in range(100) if _held_out_with(tmp_path, documents, n))
+    corpus = Corpus(SourceOptions("a", str(tmp_path / f"a{seed}")), held_out=0.5)
+    assert corpus.is_held_out(40)
+    mixture = DecomposedMixture([corpus], [1.0], 0, 128, 8, "natural", 1000)
+    pieces = [piece for _ in range(20) for piece in mixture.take(128)]
+    assert {len(piece) for piece in pieces} == {16, 4} and all(piece.document < 40 for piece in pieces)
+
+
+def _held_out_with(folder: Path, documents: list[np.ndarray], number: int) -> bool:
+    """Write the documents with another last one; whether that is held out."""
+    changed = [*documents[:-1], np.roll(documents[-1], number)]
+    return Corpus(SourceOptions("a", write_corpus(folder / f"a{number}", changed)), held_out=0.5).is_held_out(40)
 
 
 SHARES = st.lists(st.integers(1, 100), min_size=1, max_size=6).map(lambda counts: [count / sum(counts) for count in counts])
@@ -205,7 +225,7 @@ def test_changed_data_are_refused_and_accepted_with_the_key(corpora: list[Corpus
         "plain": Mixture(corpora, [3, 1], 0, LARGEST),
     }
     for changed in variants.values():
-        with pytest.raises(DataError, match=r"data\.decomposition differ"):
+        with pytest.raises(DataError, match=r"data\.decomposition or a stage"):
             changed.load_state_dict(state)
         changed.load_state_dict(state, allow_changed=True)
         assert changed.take(STEP)

@@ -131,10 +131,22 @@ def test_changed_stages_are_refused_and_accepted_with_the_key(corpora: list[Corp
     }
     for later in variants.values():
         changed = staged(corpora, later=later)
-        with pytest.raises(DataError, match=r"data\.stages or data\.decomposition differ"):
+        with pytest.raises(DataError, match="a stage that has begun"):
             changed.load_state_dict(state)
         changed.load_state_dict(state, allow_changed=True)
         assert changed.total == mixture.total and changed.stage == stage_at(changed.stages, mixture.total), "the run is where it was"
+
+
+def test_stages_to_come_may_be_changed(corpora: list[Corpus]) -> None:
+    mixture = staged(corpora)
+    steps(mixture, 30)
+    state, ahead = json.loads(json.dumps(mixture.state_dict())), steps(mixture, 20)
+    assert mixture.stage == LATER[1]
+    longer = staged(corpora, later=(*LATER[:2], Stage(9000, 8, LATER[2].shares)))
+    longer.load_state_dict(state)
+    assert steps(longer, 20) == ahead and longer.stage == LATER[1]
+    steps(longer, 60)
+    assert longer.stage.begin == 9000
 
 
 def _rest(stage: Stage) -> tuple[int, ConstantShares]:

@@ -97,7 +97,7 @@ def test_plans_made_ahead_see_the_stages(run_ranks: RunRanks, straight: Path, tm
 
 
 def test_changed_stages_are_refused(run_ranks: RunRanks, straight: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"data\.stages or data\.decomposition differ"):
+    with pytest.raises(Exception, match="a stage that has begun"):
         resumed(run_ranks, straight, tmp_path, 5, 1, ["data.stages.0.tokens=601"])
 
 
@@ -120,6 +120,14 @@ def test_the_stages_are_told_before_the_run(tmp_path: Path) -> None:
     assert third.strip() == "from 1,496 tokens: sequences of 128, prose 5.0%, code 45.0%, old 50.0%"
     short = dry_run(load_config(staged(tmp_path), ["train.steps=2"])).splitlines()
     assert short[-1].endswith("which the run does not reach")
+
+
+def test_stages_that_never_began_are_told_at_the_end(run_ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(1, train, staged(tmp_path), ["train.steps=4"])
+    (event,) = [record for record in records(tmp_path / "run", "event") if record["event"] == "stage_not_reached"]
+    begin = 600 + round(0.35 * 4 * 256)
+    assert (event["stage"], event["begin"], event["step"]) == (2, begin, 4)
+    assert f"warning: stage 2 of the data, from {begin} tokens on, never began" in " ".join(capfd.readouterr().out.split())
 
 
 def test_repeated_data_are_told_once_for_each_source(run_ranks: RunRanks, tmp_path: Path) -> None:

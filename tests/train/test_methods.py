@@ -168,46 +168,50 @@ def test_the_methods_differ_from_each_other_and_from_none() -> None:
 
 
 RUN = {"train__dtype": "float64", "checkpoint__keep_last": 9, "checkpoint__every": 2}
-ALL = {
-    "optimizer__half_fine_tuning": {"stage_steps": 3},
-    "optimizer__magnitude_gate": {"threshold": 0.5},
-    "optimizer__meta_experience_replay": {"every": 3, "factor": 0.4},
-}
+HALF = {"optimizer__half_fine_tuning": {"stage_steps": 3}}
+GATED = {**HALF, "optimizer__magnitude_gate": {"threshold": 0.5}}
+REPLAYED = {**HALF, "optimizer__meta_experience_replay": {"every": 3, "factor": 0.4}}
 
 
 @pytest.fixture(scope="module")
-def all_at_once(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on one rank with all methods, with all its checkpoints (2, 4, 6, 8)."""
-    folder = tmp_path_factory.mktemp("all")
-    run_ranks(1, train, write_run(folder, **RUN, **ALL))
+def gated(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one rank that freezes in both ways."""
+    folder = tmp_path_factory.mktemp("gated")
+    run_ranks(1, train, write_run(folder, **RUN, **GATED))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def replayed(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one rank that freezes and goes back, with all its checkpoints (2, 4, 6, 8)."""
+    folder = tmp_path_factory.mktemp("replayed")
+    run_ranks(1, train, write_run(folder, **RUN, **REPLAYED))
     return folder
 
 
 @pytest.mark.parametrize(
     "ranks, changes", [(2, {"train__mlp_tile_tokens": 5}), (4, {"parallel__tp": 2}), (4, {"parallel__pp": 2})], ids=["dp2", "tp2", "pp2"]
 )
-def test_shared_packs_change_nothing(
-    run_ranks: RunRanks, tmp_path: Path, all_at_once: Path, ranks: int, changes: dict[str, object]
-) -> None:
+def test_shared_packs_change_nothing(run_ranks: RunRanks, tmp_path: Path, gated: Path, ranks: int, changes: dict[str, object]) -> None:
     shared = {"planning__policy": "adaptive", "planning__tokens_per_pack": 16, "checkpoint__every": None}
-    run_ranks(ranks, train, write_run(tmp_path, **RUN | ALL | shared | changes))
-    assert losses(tmp_path / "run") == pytest.approx(losses(all_at_once / "run"), rel=1e-10, abs=0)
+    run_ranks(ranks, train, write_run(tmp_path, **RUN | GATED | shared | changes))
+    assert losses(tmp_path / "run") == pytest.approx(losses(gated / "run"), rel=1e-10, abs=0)
 
 
-def test_resume_is_bit_exact(run_ranks: RunRanks, tmp_path: Path, all_at_once: Path) -> None:
-    config = copy_of(all_at_once, tmp_path, until=4)
-    write_run(tmp_path, **RUN, **ALL)
+def test_resume_is_bit_exact(run_ranks: RunRanks, tmp_path: Path, replayed: Path) -> None:
+    config = copy_of(replayed, tmp_path, until=4)
+    write_run(tmp_path, **RUN, **REPLAYED)
     run_ranks(1, train, config)
-    assert losses(tmp_path / "run") == losses(all_at_once / "run")
-    whole, parted = (master_weights(folder / CHECKPOINTS / "step_00000008") for folder in (all_at_once, tmp_path))
+    assert losses(tmp_path / "run") == losses(replayed / "run")
+    whole, parted = (master_weights(folder / CHECKPOINTS / "step_00000008") for folder in (replayed, tmp_path))
     assert same_tensors(parted, whole) and any(name.endswith("|reptile_anchor") for name in whole)
 
 
-def test_anchors_are_read_on_another_grid(run_ranks: RunRanks, tmp_path: Path, all_at_once: Path) -> None:
-    shutil.copytree(all_at_once / "run", tmp_path / "run")
+def test_anchors_are_read_on_another_grid(run_ranks: RunRanks, tmp_path: Path, replayed: Path) -> None:
+    shutil.copytree(replayed / "run", tmp_path / "run")
     drop_after(tmp_path, 4)
-    run_ranks(4, train, write_run(tmp_path, **RUN | ALL | {"parallel__tp": 2}))
-    assert losses(tmp_path / "run") == pytest.approx(losses(all_at_once / "run"), rel=1e-10, abs=0)
+    run_ranks(4, train, write_run(tmp_path, **RUN | REPLAYED | {"parallel__tp": 2}))
+    assert losses(tmp_path / "run") == pytest.approx(losses(replayed / "run"), rel=1e-10, abs=0)
 
 
 def test_frozen_is_exactly_frozen(run_ranks: RunRanks, tmp_path: Path) -> None:
