@@ -9,6 +9,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
+from functools import cached_property
 
 import deepspeed
 import torch.distributed as dist
@@ -50,7 +51,7 @@ class GridForDeepSpeed:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Ranks with the same part of the model."""
-        return self._grid.dp.handle or self._alone()
+        return self._grid.dp.handle or self._alone
 
     def get_model_parallel_rank(self) -> int:
         """Place among the ranks that make up a model."""
@@ -62,7 +63,9 @@ class GridForDeepSpeed:
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """Ranks that make up a model."""
-        return self._grid.tp.handle or self._alone()
+        return self._grid.tp.handle or self._alone
 
+    @cached_property
     def _alone(self) -> dist.ProcessGroup:
+        """This rank only. Made once: DeepSpeed asks for each parameter, and every group of gloo has threads that never rest."""
         return dist.new_group([self._grid.world.rank], use_local_synchronization=True)
