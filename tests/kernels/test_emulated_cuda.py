@@ -17,8 +17,8 @@ from megatron_ext.kernels.fp8_quantize import BLOCKS, fp8_dequantize, fp8_quanti
 from megatron_ext.kernels.hadamard import hadamard_transform
 from megatron_ext.kernels.mxfp4_quantize import mxfp4_quantize, mxfp4_quantize_both
 from megatron_ext.kernels.nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize, nvfp4_quantize_both
+from tests.kernels.backends import uneven_matrix
 from tests.kernels.test_fp8_quantize import equal as equal_fp8
-from tests.kernels.test_fp8_quantize import matrix
 from tests.kernels.test_mxfp4_quantize import SIGNS as SIGNS_OF_32
 from tests.kernels.test_mxfp4_quantize import equal as equal_mxfp4
 from tests.kernels.test_nvfp4_quantize import SIGNS
@@ -91,7 +91,7 @@ def test_hadamard(called: list[str], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nvfp4(called: list[str], dtype: torch.dtype) -> None:
     for shape, stochastic, square in itertools.product(SHAPES, (False, True), (False, True)):
-        x = matrix(*shape, dtype)
+        x = uneven_matrix(*shape, dtype)
         way = {"rounding": "stochastic" if stochastic else "nearest", "seed": 7, "block": (16, 16) if square else (1, 16)}
         signs = None if square else SIGNS
         expected = nvfp4_quantize_both(x, column_signs=signs, offset=(32, 16), **way, backend="torch")
@@ -107,7 +107,7 @@ def test_nvfp4(called: list[str], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mxfp4(called: list[str], dtype: torch.dtype) -> None:
     for shape, seed, square in itertools.product(SHAPES, (None, 7), (False, True)):
-        x = matrix(*shape, dtype)
+        x = uneven_matrix(*shape, dtype)
         way = {"seed": seed, "square": square, "signs": None if square else SIGNS_OF_32}
         expected = mxfp4_quantize_both(x, **way, column_signs=way["signs"], offset=(32, 64), backend="torch")
         mine = mxfp4_quantize_both(x, **way, column_signs=way["signs"], offset=(32, 64))
@@ -122,7 +122,7 @@ def test_mxfp4(called: list[str], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_amax(called: list[str], dtype: torch.dtype) -> None:
     for shape, signs in itertools.product(SHAPES, (None, SIGNS)):
-        x = matrix(*shape, dtype)
+        x = uneven_matrix(*shape, dtype)
         expected = amax_both(x, row_signs=signs, column_signs=signs, backend="torch")
         assert torch.equal(torch.stack(amax_both(x, row_signs=signs, column_signs=signs)), torch.stack(expected)), shape
     assert set(called) == {"amax"}
@@ -132,7 +132,7 @@ def test_fp8(called: list[str]) -> None:
     codes = [torch.float8_e4m3fn, torch.float8_e5m2]
     for number, (shape, scaling) in enumerate(itertools.product([(1, 1), (40, 136), (130, 131)], BLOCKS)):
         dtype = DTYPES[number // 2 % 2]
-        x = matrix(*shape, dtype)
+        x = uneven_matrix(*shape, dtype)
         way = {"scaling": scaling, "dtype": codes[number % 2], "power_of_two": number % 3 == 0}
         for given in ({}, {"amax": torch.tensor(3.5), "column_amax": torch.tensor(2.5)}):
             expected = fp8_quantize_both(x, **way, **given, backend="torch")

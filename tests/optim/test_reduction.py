@@ -5,6 +5,7 @@ import torch
 
 from megatron_ext.optim.adamw import AdamW
 from megatron_ext.optim.extension import UpdateExtension
+from megatron_ext.optim.ownership import OwnedBox
 from megatron_ext.optim.sharded import ShardedOptimizer
 from megatron_ext.parallel.group import Group
 from megatron_ext.parallel.world import World
@@ -71,15 +72,18 @@ def test_overlap_changes_when_and_not_what(run_ranks: RunRanks, passes: tuple[in
 class Halving(UpdateExtension):
     """Drops a gradient's first row, and takes half of every update."""
 
+    needs_whole = needs_before = True
+
     def __init__(self) -> None:
         self.shapes: dict[str, torch.Size] = {}
 
-    def on_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        self.shapes[name] = gradient.shape
+    def on_gradient(self, part: OwnedBox, gradient: torch.Tensor) -> None:
+        self.shapes[part.name] = gradient.shape
         gradient[0] = 0.0
 
-    def on_update(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
-        after.copy_(before + 0.5 * (after - before))
+    def on_update(self, part: OwnedBox, master: torch.Tensor, state: dict[str, torch.Tensor], before: torch.Tensor | None) -> None:
+        assert before is not None, "it was asked for"
+        master.copy_(before + 0.5 * (master - before))
 
 
 def extended(world: World) -> tuple[list[torch.Tensor], dict[str, torch.Size]]:

@@ -29,7 +29,7 @@ def test_integers(x: torch.Tensor) -> None:
 
 
 def test_cache(x: torch.Tensor) -> None:
-    heads = torch.cat([x, x, x], 1).view(4, 5, 216)
+    heads = torch.cat([x, x, 3 * x], 1).view(4, 5, 216)
     scheme = named_scheme("w4a8kv3")
     assert scheme.name == "W4A8KV3"
     expected = torch.cat([quantize_asymmetric(heads[..., :128], 3), quantize_asymmetric(heads[..., 128:], 3)], -1)

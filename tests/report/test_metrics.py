@@ -51,7 +51,7 @@ def test_a_whole_last_line_without_newline_counts(tmp_path: Path) -> None:
         ('{"kind":"train","st', "Unterminated string"),
         ("", "Expecting value"),
         ("[1, 2]", "expected a JSON object, found list"),
-        ('{"step": 3}', "kind is None, accepted are start, train, eval, event"),
+        ('{"step": 3}', "kind is None, accepted are start, train, eval, needle, event"),
         ('{"kind": "trian"}', "kind is 'trian'"),
         ('{"kind": ["train"]}', "accepted are start"),
         ('{"kind": "train", "time": 0, "tokens": 1, "loss": 1}', "train record without 'step'"),
