@@ -24,7 +24,7 @@ from megatron_ext.data.stages import Stage
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.data.tokenizer_training import train_tokenizer
 from megatron_ext.data.validation import validation_sets
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.planning import Pack, Slice
@@ -182,9 +182,11 @@ def test_metadata_are_part_of_the_fingerprint(corpus: Corpus) -> None:
 
 
 def test_validation_is_without_metadata(corpus: Corpus) -> None:
-    source = SourceOptions("v", corpus.path, metadata=corpus.path)
-    [chosen] = validation_sets(DataOptions([source], SEQUENCE, 64, validation=[source]), [], 300)
-    assert all(piece.prefix == 0 for piece in chosen.pieces)
+    with pytest.raises(ConfigError, match=r"validation\.0\.metadata: .*; accepted: nothing"):
+        DataOptions([corpus.options], SEQUENCE, 64, validation=[replace(corpus.options, name="held")])
+    options = DataOptions([corpus.options], SEQUENCE, 64, validation_fraction=0.5)
+    [held] = validation_sets(options, [Corpus(corpus.options, 0.5)], 1000)
+    assert held.pieces and all(piece.prefix == 0 for piece in held.pieces)
 
 
 def test_metadata_that_do_not_fit_are_refused(corpus: Corpus, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_another_teacher_is_refused_at_resume(run_ranks: RunRanks, tmp_path: Pat
         ({"model__vocab_size": 60}, r"vocab_size: 64; accepted: that of the model, 60"),
         ({"model__num_layers": 3}, r"hidden_size and num_layers: \(32, 2\); accepted: with hidden those of the model, \(32, 3\)"),
         ({"distillation__kl__sources": ["poems"]}, r"sources: \"kl.sources 'poems'\"; accepted: 'prose, code'|poems"),
-        ({"data__sequence_length": 200, "data__tokens_per_step": 400}, "max_position: 128; accepted: at least the 200 tokens"),
+        ({"data__sequence_length": 200, "data__tokens_per_step": 400}, "max_position: 32; accepted: at least the 200 tokens"),
         ({"distillation__hidden__layers": [3]}, "hidden.layers: 3; accepted: at most the 2 layers of the model"),
     ],
     ids=["vocabulary", "depth", "sources", "length", "layers"],
