@@ -52,7 +52,7 @@ def _losses(options: StudyQuantization, run: StudyRun, checkpoint: Path, data: s
     weights, shape = read_weights(checkpoint)
     device = local_device()
     model = build_rotated(weights, shape, "none", 0, device, next(iter(weights.values())).dtype)
-    length = run.config.data.sequence_length
+    length = run.config.data.longest_sequence
     packs = [pack.to(device) for pack in evaluation_packs(data, checkpoint, length, options.tokens, shape.vocab_size)]
     return {each.scheme: each.loss for each in quantized_losses(model, [named_scheme(name) for name in options.schemes], packs)}
 

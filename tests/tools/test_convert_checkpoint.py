@@ -1,6 +1,5 @@
 """The command line that brings Hugging Face models in and hands checkpoints out."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,17 +16,14 @@ from megatron_ext.checkpoint.manifest import file_entry, seal
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.model.norm_options import NormOptions
+from tests.tools.loading import load_tool
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("convert_checkpoint")
 
 
 @pytest.fixture

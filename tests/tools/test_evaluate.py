@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from megatron_ext.data.tokenizer import load_tokenizer
+from tests.tools.loading import load_tool
 from tests.train.text_model import MOST, TEXTS, save_text_model
 
-TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 ADAPTER = "megatron_ext.train.lm_eval_model"
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 
@@ -24,10 +24,7 @@ INSTALLED = importlib.util.find_spec("lm_eval") is not None
 @pytest.fixture(scope="module")
 def run() -> Callable[..., int]:
     """The tool as a function of its command line."""
-    spec = importlib.util.spec_from_file_location("evaluate", TOOL)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("evaluate")
     return lambda *words: module.main([str(word) for word in words])
 
 

@@ -1,6 +1,5 @@
 """The command line that predicts the critical share."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,17 +9,12 @@ import pytest
 from matplotlib import image
 
 from tests.report.fake_runs import TOKENS_PER_STEP, evaluation, start, train, write_run
-
-TOOL = Path(__file__).parents[2] / "tools" / "mixture_law.py"
+from tests.tools.loading import load_tool
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mixture_law_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("mixture_law")
 
 
 @pytest.fixture

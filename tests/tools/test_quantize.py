@@ -1,10 +1,8 @@
 """The command line that quantizes checkpoints, against transformers with PyTorch's own fake quantizers."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,18 +13,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tests.data.byte_level import byte_level_backend
+from tests.tools.loading import load_tool
 
-TOOL = Path(__file__).parents[2] / "tools" / "quantize.py"
 TEXTS = [f"line {number}: the quick brown fox jumps over {number * 7} lazy dogs, again and again" for number in range(12)]
 
 
 @pytest.fixture(scope="module")
 def run() -> Callable[..., int]:
     """The tool as a function of its command line."""
-    spec = importlib.util.spec_from_file_location("quantize", TOOL)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("quantize")
     return lambda *words: module.main([str(word) for word in words])
 
 
