@@ -2,7 +2,7 @@
 """Build two small corpora of different kinds from the standard library of the Python that runs this, or from an installed package.
 
     python examples/build_corpus.py --output corpus
-    python examples/build_corpus.py --package torch --output other_corpus
+    python examples/build_corpus.py --package sympy --output other_corpus
 
 writes prose.train.jsonl and prose.valid.jsonl (docstrings, one module a document), and code.train.jsonl and code.valid.jsonl (the same
 modules without docstrings and comments). A module is held out for validation in both or in neither. Code lines that share 50 characters in
@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import re
+import sys
 import sysconfig
 import tokenize
 import warnings
@@ -55,7 +56,7 @@ def folder_of(package: str, parser: argparse.ArgumentParser) -> Path:
     """Where an installed package lies; ends the program with a message if there is none. The package is not imported."""
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
-        parser.error(f"--package {package}: accepted is the name of an installed package, such as torch")
+        parser.error(f"--package {package}: accepted is the name of an installed package, such as sympy")
     return Path(found.submodule_search_locations[0])
 
 
@@ -67,7 +68,11 @@ def build(library: Path) -> tuple[dict[str, str], dict[str, str]]:
             source = file.read()
         name = path.relative_to(library).as_posix()
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning | DeprecationWarning):
-            tree = ast.parse(source)
+            try:
+                tree = ast.parse(source)
+            except SyntaxError as error:
+                print(f"left out {path}: this Python cannot read line {error.lineno}: {error.msg}", file=sys.stderr)
+                continue
         prose[name] = documentation(tree)
         code[name] = bare_code(source, tree)
     prose = {name: text for name, text in prose.items() if text}

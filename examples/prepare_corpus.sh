@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # The data of the quickstart and of examples/studies: two corpora, a tokenizer, tokens. In an environment made by tools/setup_env.sh.
 #
-#   bash examples/prepare_corpus.sh [DIR]
+#   bash examples/prepare_corpus.sh [DIR [PACKAGE]]
 #
-#   DIR   where everything goes (default: runs/quickstart)
+#   DIR       where everything goes (default: runs/quickstart)
+#   PACKAGE   an installed package to read instead of Python's standard library, such as sympy
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/quickstart}
+package=${2:-}
 mkdir -p "$out"
 
 say() { printf '\n== %s\n' "$*"; }
 
-say "two corpora from Python's standard library: prose (documentation) and code (sources without it)"
-python examples/build_corpus.py --output "$out/corpus"
+say "two corpora from ${package:-the standard library of Python}: prose (documentation) and code (sources without it)"
+python examples/build_corpus.py --output "$out/corpus" ${package:+--package "$package"}
 
 say "tokenizer and tokens"
 if [ ! -f "$out/tokenizer/tokenizer.json" ]; then

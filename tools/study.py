@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from study_averaging import average_runs
 from study_quantization import check_schemes, quantize_runs
 from study_runner import Runner, RunStopped, pretrain_command
 
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             variants = run_study(study, planned, Runner(study, options.parallel, lock, console))
             if study.quantization is not None:
                 quantize_runs(study.quantization, planned, variants, console)
+            if study.averaging is not None:
+                average_runs(study.averaging, planned, variants, console)
             page = options.output / "index.html"
             write_study(study.title, variants, page)
     except KeyboardInterrupt:

@@ -1,14 +1,12 @@
 """The final models of a study, quantized: their losses beside each run."""
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from study_measures import chosen_runs, measure_once
 
-from megatron_ext.atomic_io import write_json
 from megatron_ext.checkpoint.load import find_checkpoint
 from megatron_ext.config.study import StudyQuantization, StudyRun
 from megatron_ext.errors import ConfigError
@@ -37,15 +35,12 @@ def quantize_runs(options: StudyQuantization, planned: Sequence[StudyRun], varia
         DataError: the validation corpus cannot be read.
         CheckpointError: the run's last checkpoint cannot be.
     """
-    chosen = {run.directory for variant in variants for run in variant.runs}
-    runs = [run for run in planned if run.directory in chosen]
-    for run in track(runs, "quantizing", console=console, disable=not console.is_terminal, transient=True):
+    for run in chosen_runs(planned, variants, "quantizing", console):
         checkpoint = find_checkpoint(run.directory / "checkpoints", "auto")
         assert checkpoint is not None, "a finished run has saved"
         data = options.data or run.config.data.validation[0].path
         settings = {**options.model_dump(), "data": data, "checkpoint": checkpoint.name}
-        if _settings_of(run.directory / FILE) != settings:
-            write_json(run.directory / FILE, {"settings": settings, "losses": _losses(options, run, checkpoint, data)})
+        measure_once(run.directory / FILE, settings, partial(_losses, options, run, checkpoint, data))
 
 
 def _losses(options: StudyQuantization, run: StudyRun, checkpoint: Path, data: str) -> dict[str, float]:
@@ -55,7 +50,3 @@ def _losses(options: StudyQuantization, run: StudyRun, checkpoint: Path, data: s
     length = run.config.data.longest_sequence
     packs = [pack.to(device) for pack in evaluation_packs(data, checkpoint, length, options.tokens, shape.vocab_size)]
     return {each.scheme: each.loss for each in quantized_losses(model, [named_scheme(name) for name in options.schemes], packs)}
-
-
-def _settings_of(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text("utf-8"))["settings"] if path.exists() else None

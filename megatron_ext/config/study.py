@@ -73,6 +73,15 @@ class StudyQuantization(BaseModel):
     """Of it, to evaluate on."""
 
 
+class StudyAveraging(BaseModel):
+    """The mean of the weights of the last checkpoints of every run, evaluated as the run evaluates."""
+
+    model_config = _STRICT
+
+    last: int = Field(ge=2)
+    """Checkpoints, at most ``checkpoint.keep_last`` of the runs."""
+
+
 class Study(BaseModel):
     """A comparison of variants by their final validation loss: the best value of each sweep at the first seed, then at all seeds."""
 
@@ -88,6 +97,8 @@ class Study(BaseModel):
     """Command that makes the data, to be named where they are missing."""
     quantization: StudyQuantization | None = None
     """Also compare the losses of the last checkpoints after quantization; null: they are not quantized."""
+    averaging: StudyAveraging | None = None
+    """Also compare the losses of averages of the last checkpoints; null: they are not averaged."""
     seeds: list[Seed] = Field(min_length=1)
     """Decide initial weights and order of the data. The first is that of the sweeps."""
     variants: dict[VariantName, StudyVariant] = Field(min_length=1)
@@ -163,7 +174,11 @@ def _resolve(path: str | Path, study: Study, name: str, value: float | None, see
         config = load_config(study.config, overrides)
         validated = config.data.validation or config.data.validation_fraction
         evaluated = study.quantization is None or bool(study.quantization.data or config.data.validation)
+        kept, wanted = config.checkpoint.keep_last, study.averaging.last if study.averaging else 1
+        enough = not study.averaging or bool(config.data.validation)
         require(
+            (kept >= wanted, "checkpoint.keep_last", kept, f"at least averaging.last ({wanted})"),
+            (enough, "data.validation", [], "corpora to evaluate averages on"),
             (bool(validated), "data.validation", [], "corpora, or data.validation_fraction: the best value has the lowest loss on them"),
             (evaluated, "data.validation", [], "a corpus to evaluate quantized models on, or quantization.data"),
         )

@@ -9,8 +9,10 @@ from rich.text import Text
 
 from megatron_ext.report import formats, study_table
 from megatron_ext.report.study import Variant, headline, validation_loss, warnings
+from megatron_ext.report.study_averaging import averaging_table
 from megatron_ext.report.study_forgetting import forgetting_table
 from megatron_ext.report.study_inside import has_probes, inside_table
+from megatron_ext.report.study_positions import positions_table
 from megatron_ext.report.study_quantization import quantization_table
 
 
@@ -24,12 +26,14 @@ def print_study(variants: Sequence[Variant], console: Console) -> None:
         if losses:
             console.print(Text(f"swept: {variant.name}, {variant.key}: {losses}"))
     console.print(_table(variants, study_table.results_table(variants), "loss in nats per token", settings=True))
-    sources = forgetting_table(variants)
-    if sources is not None:
-        console.print(_table(variants, sources, "last loss of each source, and its worst rise above the start"))
-    rounded = quantization_table(variants)
-    if rounded is not None:
-        console.print(_table(variants, rounded, "loss in nats per token after quantization"))
+    for numbers, what in (
+        (forgetting_table(variants), "last loss of each source, and its worst rise above the start"),
+        (positions_table(variants), "last loss of each source, by position in documents"),
+        (averaging_table(variants), "loss of the mean of the last checkpoints, and how much more that is than of the last alone"),
+        (quantization_table(variants), "loss in nats per token after quantization"),
+    ):
+        if numbers is not None:
+            console.print(_table(variants, numbers, what))
     if has_probes(variants):
         console.print(_table(variants, inside_table(variants), "excess kurtosis (that of normal noise), largest over smallest over depth"))
 

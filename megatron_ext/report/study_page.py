@@ -16,9 +16,11 @@ from megatron_ext.report.study import (
     validation_loss,
     warnings,
 )
+from megatron_ext.report.study_averaging import averaging_table
 from megatron_ext.report.study_forgetting import forgetting_table
 from megatron_ext.report.study_inside import SPIKE, SPIKE_WINDOW, has_probes, inside_table
 from megatron_ext.report.study_inside_figures import depth_figures, kurtosis_figure
+from megatron_ext.report.study_positions import positions_table
 from megatron_ext.report.study_quantization import quantization_table
 from megatron_ext.report.study_table import Table, results_table
 
@@ -48,6 +50,8 @@ def render_study(title: str, variants: Sequence[Variant]) -> str:
         element("p", f"{_what_is_shown(variants)}{chosen if sweeps else ''}", class_="muted"),
         _table(variants, results_table(variants), settings=True),
         *_forgetting(variants),
+        *_positions(variants),
+        *_averaging(variants),
         *_quantization(variants),
         element("h2", "How the loss moved"),
         figure_element(study_figures.validation_figure(variants)),
@@ -96,6 +100,22 @@ def _forgetting(variants: Sequence[Variant]) -> list[Html]:
         return []
     words = "Last loss of each validation source in nats per token, and how far it rose at the worst above that of the first model."
     return [element("h2", "Learned and forgotten"), element("p", words, class_="muted"), _table(variants, sources)]
+
+
+def _positions(variants: Sequence[Variant]) -> list[Html]:
+    buckets = positions_table(variants)
+    if buckets is None:
+        return []
+    words = "Last loss of each validation source in nats per token, by how many tokens of the document stand before."
+    return [element("h2", "By position in documents"), element("p", words, class_="muted"), _table(variants, buckets)]
+
+
+def _averaging(variants: Sequence[Variant]) -> list[Html]:
+    averages = averaging_table(variants)
+    if averages is None:
+        return []
+    words = "Loss of the mean of the weights of the last checkpoints in nats per token, and how much more that is than of the last alone."
+    return [element("h2", "Checkpoints averaged"), element("p", words, class_="muted"), _table(variants, averages)]
 
 
 def _quantization(variants: Sequence[Variant]) -> list[Html]:

@@ -1,13 +1,12 @@
 """What the models of a study lose when they are quantized after training: what ``tools/study.py`` writes beside each run, and its table."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_ext.errors import DataError
 from megatron_ext.report import formats
 from megatron_ext.report.metrics import Run
 from megatron_ext.report.study import Spread, Variant
+from megatron_ext.report.study_measures import read_losses
 from megatron_ext.report.study_table import Table, cell
 
 FILE = "quantization.json"
@@ -15,18 +14,8 @@ FILE = "quantization.json"
 
 
 def losses(run: Run) -> Mapping[str, float]:
-    """Loss by scheme of the run's last checkpoint; empty where it was not quantized.
-
-    Raises:
-        DataError: the file is not one that ``tools/study.py`` wrote.
-    """
-    path = Path(run.directory) / FILE
-    if not path.exists():
-        return {}
-    try:
-        return {str(scheme): float(loss) for scheme, loss in json.loads(path.read_text("utf-8"))["losses"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: not the losses of a quantized run: {error!r}; remove it and run the study again") from None
+    """Loss by scheme of the run's last checkpoint; empty where it was not quantized. Raises DataError."""
+    return read_losses(Path(run.directory) / FILE, "of a quantized run")
 
 
 def quantization_table(variants: Sequence[Variant]) -> Table | None:

@@ -94,6 +94,13 @@ def test_an_installed_package_is_read_and_not_imported(tmp_path: Path, monkeypat
     assert found == {name: f"About part {number}." for number, name in enumerate(modules)}
 
 
+def test_a_module_that_this_python_cannot_read_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old.py").write_text('"""Good."""\nfirst = 1\n')
+    (tmp_path / "new.py").write_text('"""Bad."""\nfirst ==== 1\n')
+    assert build_corpus.build(tmp_path) == ({"old.py": "Good."}, {"old.py": "first = 1\n"})
+    assert f"left out {tmp_path / 'new.py'}: this Python cannot read line 2: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["nothing_of_that_name", "json.decoder", "ast", "../torch"])
 def test_what_is_no_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -75,7 +75,7 @@ VARIANT = {"overrides": ["optimizer.lr=0.01"]}
     [
         (
             {"sedes": [1]},
-            "study.yaml line 18: sedes: no such key (its value: [1]); accepted: title, config, overrides, prepare, quantization, seeds",
+            "study.yaml line 18: sedes: no such key (its value: [1]); accepted: title, config, overrides, prepare, quantization, averaging",
         ),
         ({"variants": {"a": {"swep": {}}}}, "variants.a.swep: no such key (its value: {}); accepted: overrides, sweep; nearest: sweep"),
         ({"variants": {}}, "variants: {}; accepted: "),
@@ -113,6 +113,7 @@ def test_a_wrong_definition_is_refused_with_file_and_key(tmp_path: Path, changes
             "study.yaml: variants.a, optimizer.lr=-1, seed 1:\ncommand line: optimizer.lr: -1",
         ),
         ({"overrides": ["data.validation_fraction=0"]}, "data.validation: []; accepted: corpora, or data.validation_fraction"),
+        ({"averaging": {"last": 3}}, "checkpoint.keep_last: 1; accepted: at least averaging.last (3)"),
         ({"quantization": {"schemes": ["W4A4"]}}, "data.validation: []; accepted: a corpus to evaluate quantized models on"),
     ],
 )
