@@ -1,15 +1,13 @@
 """Runs of a study, each in a process of its own, as a user starts it."""
 
-import json
 import os
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -18,12 +16,13 @@ from rich.text import Text
 from megatron_ext.config import total_steps
 from megatron_ext.config.study import Study, StudyRun
 from megatron_ext.report import formats
+from megatron_ext.report.events import latest_events
+from megatron_ext.report.lines import last_objects
 from megatron_ext.report.metrics import Run, read_run
 from megatron_ext.report.study import validation_loss
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "examples" / "pretrain.py"
 _LAST_LINES = 20
-_LAST_BYTES = 1 << 18
 _POLL_SECONDS = 0.2
 
 
@@ -137,26 +136,13 @@ def pretrain_command(study: Study, run: StudyRun) -> list[str]:
 def is_finished(run: StudyRun) -> bool:
     """The run saved its last step, which is the last that it does."""
     last = total_steps(run.config)
-    return any(line.get("event") == "checkpoint" and line.get("step") == last for line in _last_records(run.directory))
+    return any(event.event == "save" and event.step == last for event in latest_events(run.directory))
 
 
 def last_step(run_dir: Path) -> tuple[int, float]:
     """Last step of a run that is under way, 0 before the first, and its training loss."""
-    steps = [(line["step"], line["loss"]) for line in _last_records(run_dir) if line.get("kind") == "train"]
+    steps = [(line["step"], line["loss"]) for line in last_objects(run_dir / "metrics.jsonl") if line.get("kind") == "train"]
     return steps[-1] if steps else (0, float("nan"))
-
-
-def _last_records(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Whole records at the end of the metrics, which may be written to meanwhile."""
-    try:
-        with open(run_dir / "metrics.jsonl", "rb") as file:
-            begin = max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES)
-            file.seek(begin)
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return
-    # Without a first line that lost its beginning, and what follows the last newline.
-    yield from map(json.loads, lines[bool(begin) : -1])
 
 
 def log_of(run: StudyRun) -> Path:

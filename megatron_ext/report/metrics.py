@@ -1,8 +1,6 @@
-"""Reads what a run wrote about itself: ``config.yaml`` and ``metrics.jsonl``."""
+"""Reads what a run wrote about itself: ``config.yaml``, ``metrics.jsonl`` and ``events.jsonl``."""
 
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +10,8 @@ import numpy as np
 import yaml
 
 from megatron_ext.errors import DataError
+from megatron_ext.report.events import read_events, standing
+from megatron_ext.report.lines import parse_lines, read_lines
 from megatron_ext.report.records import (
     EvalRecord,
     EventRecord,
@@ -21,7 +21,6 @@ from megatron_ext.report.records import (
     Record,
     StartRecord,
     TrainRecord,
-    parse_record,
 )
 
 
@@ -36,6 +35,7 @@ class Run:
     evals: list[EvalRecord]
     needles: list[NeedleRecord]
     events: list[EventRecord]
+    """All that happened, in that order, also what a later start undid."""
     plans: list[PlanRecord]
     probes: list[ProbeRecord]
     seconds: float
@@ -86,7 +86,7 @@ class Run:
     @cached_property
     def skipped(self) -> list[int]:
         """Steps whose update was left out, because of an event or because the counter of skipped steps grew."""
-        steps = {event.step for event in self.events if event.event == "skip"}
+        steps = {event.step for event in standing(self.events) if event.event == "skip"}
         counters = [0, *(record.skipped_steps for record in self.train)]
         steps |= {self.train[i].step for i in range(len(self.train)) if counters[i + 1] > counters[i]}
         return sorted(steps)
@@ -100,16 +100,16 @@ def read_run(directory: str | Path) -> Run:
     """Read a run directory.
 
     A last line that was cut off is left out and noted in ``Run.torn``. After a resume at step S, records of later steps that the
-    earlier attempt left behind no longer count, and a record of the same step replaces the earlier one.
+    earlier attempt left behind no longer count, and a record of the same step replaces the earlier one; events all stay.
 
     Raises:
-        DataError: the directory or one of its two files is missing, or a line is not a record; names the file and line.
+        DataError: the directory, config.yaml or metrics.jsonl is missing, or a line is not a record; names the file and line.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(f"{directory}: no such run directory; expected a directory with config.yaml and metrics.jsonl")
-    lines, torn = _read_lines(directory / "metrics.jsonl")
-    records = list(_parse_lines(lines, directory / "metrics.jsonl"))
+    lines, torn = read_lines(directory / "metrics.jsonl")
+    records = list(parse_lines(lines, directory / "metrics.jsonl"))
     if not records or not isinstance(records[0], StartRecord):
         raise DataError(f"{directory / 'metrics.jsonl'}:1: the first record must be of kind 'start'")
     train: dict[int, TrainRecord] = {}
@@ -146,7 +146,7 @@ def read_run(directory: str | Path) -> Run:
         train=sorted(train.values(), key=lambda record: record.step),
         evals=sorted(evals.values(), key=lambda record: record.step),
         needles=sorted(needles.values(), key=lambda record: record.step),
-        events=events,
+        events=events + read_events(directory),
         plans=sorted(plans.values(), key=lambda record: record.step),
         probes=sorted(probes.values(), key=lambda record: record.step),
         seconds=_active_seconds(records),
@@ -156,8 +156,8 @@ def read_run(directory: str | Path) -> Run:
 
 def read_evaluations(path: Path) -> list[EvalRecord]:
     """The eval records of a metrics.jsonl that is being written, in their order. Raises DataError as ``read_run``."""
-    lines, _ = _read_lines(path)
-    return [record for record in _parse_lines([line for line in lines if b'"eval"' in line], path) if isinstance(record, EvalRecord)]
+    lines, _ = read_lines(path)
+    return [record for record in parse_lines([line for line in lines if b'"eval"' in line], path) if isinstance(record, EvalRecord)]
 
 
 def _active_seconds(records: list[Record]) -> float:
@@ -182,29 +182,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DataError(f"{path}: expected a mapping of keys to values, found {type(config).__name__}")
     return config
-
-
-def _read_lines(path: Path) -> tuple[list[bytes], bool]:
-    """The lines of a file, without a last one that has neither a newline nor the end of its JSON object; and whether there was one."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; a run writes its records there") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    *lines, last = content.split(b"\n")
-    if not last:
-        return lines, False
-    try:
-        json.loads(last)
-    except ValueError:
-        return lines, True
-    return [*lines, last], False
-
-
-def _parse_lines(lines: list[bytes], path: Path) -> Iterator[Record]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield parse_record(json.loads(line))
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not a record of metrics: {error}; the line is {line[:80]!r}") from None

@@ -180,7 +180,7 @@ def _phases_table(phases: Sequence[Phase]) -> Html:
         run, start = phase.run, phase.run.starts[-1]
         done = f"{run.train[-1].step:,} of {start.total_steps:,}" if run.train else f"0 of {start.total_steps:,}"
         resumes = sum(start.step > 0 for start in run.starts)
-        checkpoints = len({event.step for event in run.events if event.event == "checkpoint"})
+        checkpoints = len({event.step for event in run.events if event.event == "save"})
         numbers = (done, formats.count(start.tokens_per_step), formats.count(run.tokens), formats.duration(run.seconds))
         counters = (str(resumes), str(len(run.skipped)), str(checkpoints))
         cells = [element("td", phase.label), element("td", formats.moment(run.starts[0].time)), *map(number_cell, (*numbers, *counters))]

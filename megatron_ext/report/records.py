@@ -1,4 +1,4 @@
-"""The records of ``metrics.jsonl``: what a line may say, and how a line that says something else is refused."""
+"""The records of ``metrics.jsonl`` and ``events.jsonl``: what a line may say, and how a line that says something else is refused."""
 
 import math
 from collections.abc import Mapping
@@ -130,11 +130,13 @@ class NeedleRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EventRecord:
-    """Something that happened once: ``checkpoint``, ``resume``, ``stop`` or ``skip``."""
+    """Something that happened: ``start``, ``resume``, ``save``, ``skip``, ``stop`` and others."""
 
     step: int
     event: str
     time: float = math.nan
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else the line says."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -237,6 +239,8 @@ def parse_record(values: Any) -> Record:
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in _RECORDS:
         raise ValueError(f"kind is {kind!r}, accepted are {', '.join(_RECORDS)}")
+    if kind == "event":
+        values = _with_details(values)
     record, hints = _RECORDS[kind], get_type_hints(_RECORDS[kind])
     chosen = {}
     for item in fields(record):
@@ -247,8 +251,18 @@ def parse_record(values: Any) -> Record:
     return record(**chosen)
 
 
+def _with_details(event: dict[str, Any]) -> dict[str, Any]:
+    """An event whose keys that not every event has are under ``details``."""
+    everyones = {key: event[key] for key in ("step", "event", "time") if key in event}
+    if everyones.get("event") == "checkpoint":  # what old versions called it
+        everyones["event"] = "save"
+    return everyones | {"details": {key: value for key, value in event.items() if key not in ("kind", "step", "event", "time")}}
+
+
 def _checked(name: str, value: Any, expected: Any) -> Any:
     """``value`` if it has the type ``expected``; null stands for a number that was not measured."""
+    if expected is Any:
+        return value
     if expected is float and value is None:
         return math.nan
     if expected is float and (isinstance(value, float) or _is_whole(value)):

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line for every step, evaluation and event of a run. Rank 0 writes it."""
+"""metrics.jsonl: one JSON object a line for every step and evaluation of a run; events.jsonl for what happens to it. Rank 0 writes them."""
 
 import json
 import time
@@ -8,29 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.atomic_io import atomic_open
+from megatron_ext.train.events import append_event
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends records to the metrics of a run.
+    """Appends records to the metrics of a run, and events to its events.
 
     Args:
-        run_dir: where metrics.jsonl lies.
-        step: records of later steps are dropped: a resumed run computes those steps again.
+        run_dir: where both files lie.
+        step: metrics of later steps are dropped: a resumed run computes those steps again. Events stay: they happened.
         active: False on ranks that do not write.
     """
 
     def __init__(self, run_dir: Path, step: int, active: bool) -> None:
-        self._file = None
+        self._run_dir, self._file = run_dir, None
         if active:
             path = run_dir / METRICS_FILE
             _drop_after(path, step)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record and flush it."""
-        if self._file is not None:
+        """Append one record and flush it; one of kind ``event`` to events.jsonl."""
+        if self._file is not None and kind == "event":
+            append_event(self._run_dir, **values)
+        elif self._file is not None:
             self._file.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
             self._file.flush()
 

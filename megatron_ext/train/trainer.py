@@ -32,6 +32,7 @@ from megatron_ext.train.costs import cost_model
 from megatron_ext.train.data_events import DataEvent, DataWatch
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
+from megatron_ext.train.events import start_event
 from megatron_ext.train.loss_weighting import build_loss_weighting
 from megatron_ext.train.metrics import METRICS_FILE, MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
@@ -138,13 +139,14 @@ class Trainer:
                 self._save()
                 saved = self.step
             if stopping:
-                self.metrics.write("event", event="stop", step=self.step)
+                self.metrics.write("event", event="stop", step=self.step, tokens=self.tokens)
                 self.console.say(f"stopped after step {self.step} on request; start the same command again to continue")
                 break
         else:
             for event in self.data_watch.unreached():
                 self._tell(event)
             self._say_what_was_forgotten()
+            self.metrics.write("event", event="finish", step=self.step, tokens=self.tokens)
             self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
 
     def _train_step(self) -> bool:
@@ -306,7 +308,7 @@ class Trainer:
         begin = time.perf_counter()
         path = self.checkpoints.save(self.step, self.engine.weight, self.optimizer, self._state())
         seconds = time.perf_counter() - begin
-        self.metrics.write("event", event="checkpoint", step=self.step, path=str(path), seconds=seconds)
+        self.metrics.write("event", event="save", step=self.step, tokens=self.tokens, path=str(path), seconds=seconds)
         self.console.say(f"saved {path} in {seconds:.1f} s")
         self.console.start_clock()
 
@@ -405,10 +407,19 @@ class Trainer:
             unigram_entropy=entropy,
             versions=_versions(),
         )
+        self._tell_start()
         if self.state_changes:
             self.metrics.write("event", event="state_change", step=self.step, changes=self.state_changes)
         if self.overrides:
             self.metrics.write("event", event="override", step=self.step, changes={key: [old, new] for key, old, new in self.overrides})
+
+    def _tell_start(self) -> None:
+        if not self.world.is_main:
+            return
+        place = {"step": self.step, "tokens": self.tokens}
+        self.metrics.write("event", **start_event(self.run_dir), **place, ranks=self.world.size, total_steps=self.total_steps)
+        if self.resumed_from is not None:
+            self.metrics.write("event", event="branch" if self.branched else "resume", **place, path=str(self.resumed_from))
 
 
 def _versions() -> dict[str, str]:

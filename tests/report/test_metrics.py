@@ -22,7 +22,7 @@ def test_reads_every_kind_of_record(tmp_path: Path) -> None:
     assert run.length_histogram == {64: 6, 128: 20, 256: 4}
     assert run.column("loss").tolist() == [8.0, 7.0]
     assert [(record.step, record.source, record.loss) for record in run.evals] == [(0, "prose", 9.0), (2, "code", 6.5)]
-    assert [(event.step, event.event) for event in run.events] == [(2, "checkpoint")]
+    assert [(event.step, event.event) for event in run.events] == [(2, "save")]
     assert not run.torn
 
 

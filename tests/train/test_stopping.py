@@ -50,6 +50,6 @@ def test_one_rank_asked_stops_all_after_the_same_step(run_ranks: RunRanks, tmp_p
     run_ranks(2, train, config)
     assert list(losses(tmp_path / "run")) == [1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000001"]
-    assert [record["event"] for record in records(tmp_path / "run", "event")] == ["checkpoint", "stop"]
+    assert [record["event"] for record in records(tmp_path / "run", "event")] == ["start", "save", "stop"]
     run_ranks(2, train, config)
     assert list(losses(tmp_path / "run")) == [1, 2]

@@ -99,8 +99,8 @@ def start(config: Path, *overrides: str, ranks: int = 1, script: Path = ROOT / "
 
 
 def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Records of one kind from metrics.jsonl."""
-    lines = (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
+    """Records of one kind from metrics.jsonl, or events from events.jsonl."""
+    lines = (run_dir / ("events.jsonl" if kind == "event" else "metrics.jsonl")).read_text("utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
