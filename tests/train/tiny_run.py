@@ -99,9 +99,15 @@ def start(config: Path, *overrides: str, ranks: int = 1, script: Path = ROOT / "
 
 
 def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Records of one kind from metrics.jsonl, or events from events.jsonl."""
+    """Records of one kind from metrics.jsonl; of kind ``event`` from events.jsonl, without those that a later start undid."""
     lines = (run_dir / ("events.jsonl" if kind == "event" else "metrics.jsonl")).read_text("utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    found = [record for record in map(json.loads, lines) if record["kind"] == kind]
+    starts = {place: record["step"] for place, record in enumerate(found) if record.get("event") in ("start", "restart")}
+    return [
+        record
+        for place, record in enumerate(found)
+        if all(record["step"] <= step for later, step in starts.items() if kind == "event" and later > place)
+    ]
 
 
 def losses(run_dir: Path) -> dict[int, float]:
