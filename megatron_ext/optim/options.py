@@ -1,12 +1,12 @@
 """What a user can say about the optimizer and the learning-rate schedule."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from typing import Literal
 
 from megatron_ext.optim.method_options import HalfFineTuningOptions, MagnitudeGateOptions, MetaExperienceReplayOptions
-from megatron_ext.option_rules import require
+from megatron_ext.option_rules import require, shown
 
 
 @dataclass
@@ -219,7 +219,7 @@ class ScheduleOptions:
     rewarm_steps: int = 0
     """Steps of the linear rise from ``min_factor`` after each of ``decay_ends``; 0: at once, as WSD-S does."""
     cooldown_steps: int = 0
-    """infinite: length of the fall from 1 to ``constant_factor``, after the warm-up."""
+    """infinite: length of the fall from 1 to ``constant_factor``, after the warm-up; 0 with a ``constant_factor`` of 1."""
     cooldown_shape: Literal["inverse_sqrt", "cosine", "linear"] = "inverse_sqrt"
     """infinite: ``inverse_sqrt``, ``cosine`` or ``linear``."""
     cooldown_steepness: float = 10.0
@@ -270,29 +270,36 @@ class ScheduleOptions:
             ),
         ]
 
+    def _kind_rules(self) -> Iterator[tuple[bool, str, object, str]]:
+        """That nothing is said about phases that the schedule does not have, where nobody would heed it."""
+        decaying, any_period = ("wsd", "infinite"), ("cosine", "wsd")
+        heeded_by = {
+            "decay_steps": decaying,
+            "decay_shape": decaying,
+            "min_factor": ("cosine", *decaying),
+            "decay_ends": any_period,
+            "rewarm_steps": any_period,
+            **dict.fromkeys(("cooldown_steps", "cooldown_shape", "cooldown_steepness", "constant_factor"), ("infinite",)),
+        }
+        for each in fields(self):
+            kinds, value = heeded_by.get(each.name), getattr(self, each.name)
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            heeded = kinds is None or self.kind in kinds
+            not_here = f"nothing (it is {shown(default)}), because kind {self.kind} does not heed it"
+            yield heeded or value == default, each.name, value, f"{not_here}; kinds that do: {', '.join(kinds or ())}"
+
     def __post_init__(self) -> None:
-        infinite, never = self.kind == "infinite", f"because schedule {self.kind} has none; kind "
+        infinite = self.kind == "infinite"
         ends = [0, *self.decay_ends]
         logarithmic = self.kind in ("wsd", "infinite") and self.decay_shape in ("exponential", "inverse")
         require(
+            *self._kind_rules(),
             (self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0"),
             (0 <= self.warmup_from <= 1, "warmup_from", self.warmup_from, "between 0 and 1"),
             (self.decay_steps is None or self.decay_steps >= 0, "decay_steps", self.decay_steps, "at least 0 (no decay), or null"),
-            (
-                self.decay_steps is None or self.kind in ("wsd", "infinite"),
-                "decay_steps",
-                self.decay_steps,
-                f"null, because schedule {self.kind} has no decay of its own length; kinds wsd and infinite have",
-            ),
             (0 <= self.min_factor <= 1, "min_factor", self.min_factor, "between 0 and 1"),
             (self.min_factor > 0 or not logarithmic, "min_factor", self.min_factor, f"more than 0 with decay_shape {self.decay_shape}"),
             (all(a < b for a, b in pairwise(ends)), "decay_ends", self.decay_ends, "steps, each later than the one before"),
-            (
-                not self.decay_ends or self.kind in ("cosine", "wsd"),
-                "decay_ends",
-                self.decay_ends,
-                f"an empty list, because schedule {self.kind} decays at most once; kinds cosine and wsd may decay again",
-            ),
             (
                 self.decay_steps != 0 or not self.decay_ends,
                 "decay_steps",
@@ -302,7 +309,12 @@ class ScheduleOptions:
             (self.rewarm_steps >= 0, "rewarm_steps", self.rewarm_steps, "at least 0"),
             (self.rewarm_steps <= 0 or bool(self.decay_ends), "rewarm_steps", self.rewarm_steps, "0 without decay_ends"),
             (self.cooldown_steps >= 0, "cooldown_steps", self.cooldown_steps, "at least 0"),
-            (infinite or self.cooldown_steps <= 0, "cooldown_steps", self.cooldown_steps, f"0, {never}infinite has"),
+            (
+                not infinite or self.cooldown_steps != 0 or self.constant_factor == 1,
+                "cooldown_steps",
+                self.cooldown_steps,
+                f"at least 1, or the rate would jump from 1 to constant_factor ({self.constant_factor}) at once; 0 where that is 1",
+            ),
             (self.cooldown_steepness > 0, "cooldown_steepness", self.cooldown_steepness, "more than 0"),
             (0 < self.constant_factor <= 1, "constant_factor", self.constant_factor, "more than 0, at most 1"),
             (

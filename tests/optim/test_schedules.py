@@ -20,7 +20,7 @@ def factors(**options: object) -> dict[int, float]:
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "infinite", "constant"])
 def test_warm_up_is_linear_and_reaches_one(kind: str) -> None:
-    seen = factors(kind=kind, warmup_steps=20)
+    seen = factors(kind=kind, warmup_steps=20, **({"cooldown_steps": 10} if kind == "infinite" else {}))
     assert [seen[step] for step in (1, 10, 20)] == [0.05, 0.5, 1.0]
     assert seen[21] <= 1.0
 
@@ -121,6 +121,15 @@ def test_infinite_has_four_phases(cooldown: str) -> None:
     expected = np.concatenate([np.arange(1, 11) / 10, shapes[cooldown], np.full(40, 0.5), decay])
     np.testing.assert_allclose(list(seen.values()), expected, rtol=1e-12)
     assert seen[10] == 1.0 > seen[11] and seen[39] > 0.5 and seen[40] == seen[80] == pytest.approx(0.5, rel=1e-15) and seen[81] < 0.5
+
+
+def test_infinite_never_jumps() -> None:
+    """No step changes the factor by more than its phase is steep, whatever its lengths; without a cool-down it is wsd."""
+    for cooldown in (1, 5, 30):
+        seen = factors(kind="infinite", warmup_steps=10, cooldown_steps=cooldown, cooldown_shape="linear", decay_steps=20)
+        assert max(abs(b - a) for a, b in pairwise(seen.values())) <= max(0.1, 0.5 / cooldown) + 1e-12
+    alike = dict(warmup_steps=10, decay_steps=20, decay_shape="cosine", min_factor=0.2)
+    assert factors(kind="infinite", constant_factor=1.0, **alike) == factors(kind="wsd", **alike)
 
 
 def test_infinite_without_decay_is_constant_to_the_end_and_a_branch_shares_the_constant_phase() -> None:
