@@ -22,7 +22,7 @@ class MagnitudeGateOptions:
 
     threshold: float = 0.7
     """Share of the rows of every linear in blocks that a step freezes: those whose outputs have the smallest mean share of their token's
-    sum of magnitudes."""
+    sum of magnitudes. The default is that of the released code, whose quantile means the same."""
 
     def __post_init__(self) -> None:
         require((0 <= self.threshold < 1, "threshold", self.threshold, "at least 0 and less than 1"))
