@@ -136,9 +136,9 @@ class DecomposedMixture(Sampler):
         """As in ``Sampler``: four integers for each source in each bucket."""
         buckets = {str(size): mixture.state_dict() for size, mixture in self._mixtures.items()}
         begins = {str(size): begin for size, begin in self._begins.items()}
-        total = sum(mixture.total for mixture in self._mixtures.values())
+        total, steps = (sum(each) for each in zip(*((mixture.total, mixture.steps) for mixture in self._mixtures.values()), strict=True))
         # A mixture without decomposition, if a run goes on with one, has no cursors and begins to count here.
-        plain = {"begin": total, "cursors": {}}
+        plain = {"steps": steps, "begin": total, "begin_step": steps, "cursors": {}}
         return {"version": STATE_VERSION, "fingerprint": self.fingerprint(), **plain, "begins": begins, "buckets": buckets}
 
     def load_state_dict(self, state: dict[str, Any], allow_changed: bool = False) -> None:

@@ -10,6 +10,7 @@ from megatron_ext.data.corpus import Corpus, Piece
 from megatron_ext.data.sampler import Sampler
 from megatron_ext.data.shares import ConstantShares, Shares, Turns
 from megatron_ext.data.stages import Stage, expected_tokens, stage_at
+from megatron_ext.errors import DataError
 
 STATE_VERSION = 1
 
@@ -62,8 +63,10 @@ class Mixture(Sampler):
             for corpus in self.corpora if stage.metadata else ():
                 corpus.check_metadata(stage.sequence_length)
         self.cursors = [Cursor() for _ in corpora]
-        self._begin = 0
-        """Tokens of the run at which the counts of the cursors begin."""
+        self.steps = 0
+        """Taken since the begin of the run."""
+        self._begin, self._begin_step = 0, 0
+        """Tokens and steps of the run at which the counts of the cursors begin."""
         self._go_on()
 
     def copy(self) -> "Mixture":
@@ -81,7 +84,7 @@ class Mixture(Sampler):
     @property
     def stage(self) -> Stage:
         """The stage of the last step, or of the first one before it is taken."""
-        return stage_at(self.stages, self._begin)
+        return stage_at(self.stages, self._begin, self._begin_step)
 
     def _go_on(self) -> None:
         """Read from the cursors on, by the rules of the stage."""
@@ -105,9 +108,10 @@ class Mixture(Sampler):
 
     def take(self, most_tokens: int) -> list[Piece]:
         """The pieces of the next step: in order, until the next one would exceed ``most_tokens``."""
-        if stage_at(self.stages, self.total) != self.stage:
+        if stage_at(self.stages, self.total, self.steps) != self.stage:
             self._count_anew()
             self._go_on()
+        self.steps += 1
         pieces: list[Piece] = []
         room, counted = most_tokens, self.total - self._begin
         while len(piece := self._ahead[source := self._turns.next(counted)]) <= room:
@@ -119,7 +123,7 @@ class Mixture(Sampler):
         return pieces
 
     def _count_anew(self) -> None:
-        self._begin = self.total
+        self._begin, self._begin_step = self.total, self.steps
         for cursor in self.cursors:
             cursor.tokens = 0
 
@@ -137,7 +141,7 @@ class Mixture(Sampler):
 
     def _past(self) -> str:
         """Hash of what has decided the order so far: stages to come may be changed."""
-        return self._fingerprint([stage for stage in self.stages if stage.begin <= self._begin])
+        return self._fingerprint([stage for stage in self.stages if stage.has_begun(self._begin, self._begin_step)])
 
     def _fingerprint(self, stages: Sequence[Stage]) -> str:
         first, *later = stages
@@ -145,20 +149,24 @@ class Mixture(Sampler):
         sources = [[c.name, c.fingerprint(), c.held_out, share] for c, share in zip(self.corpora, alike, strict=True)]
         values = [STATE_VERSION, self.seed, first.sequence_length, sources]
         if later or not first.metadata or not isinstance(first.shares, ConstantShares):
-            values.append([asdict(stage) for stage in stages])
+            values.append([{key: value for key, value in asdict(stage).items() if value is not None} for stage in stages])
         return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as JSON values: the fingerprint, where counting began, and three integers for each source."""
+        """The state as JSON values: the fingerprint, steps, where counting began, and three integers for each source."""
         cursors = {corpus.name: asdict(cursor) for corpus, cursor in zip(self.corpora, self.cursors, strict=True)}
-        return {"version": STATE_VERSION, "fingerprint": self._past(), "begin": self._begin, "cursors": cursors}
+        counts = {"steps": self.steps, "begin": self._begin, "begin_step": self._begin_step}
+        return {"version": STATE_VERSION, "fingerprint": self._past(), **counts, "cursors": cursors}
 
     def load_state_dict(self, state: dict[str, Any], allow_changed: bool = False) -> None:
         """As in ``Sampler``."""
-        self._begin = state.get("begin", 0)
+        if "steps" not in state and any(stage.begin_step is not None for stage in self.stages):
+            raise DataError("the checkpoint does not say how many steps were taken, which decide where stages with a share begin")
+        self.steps, self._begin, self._begin_step = (state.get(key, 0) for key in ("steps", "begin", "begin_step"))
         changed = self._is_changed(state, self._past(), allow_changed)
         if changed:
             self._begin += sum(cursor["tokens"] for cursor in state["cursors"].values())
+            self._begin_step = self.steps
         for corpus, cursor in zip(self.corpora, self.cursors, strict=True):
             saved = Cursor(**state["cursors"].get(corpus.name, {}))
             cursor.position = saved.position

@@ -125,7 +125,8 @@ class StageOptions:
     """Tokens until the next stage begins; null for the last, which lasts to the end of the run. A step belongs to the stage in which it
     begins."""
     share: float | None = None
-    """The same as a share of the token budget of the run, instead of ``tokens``."""
+    """Instead of ``tokens``, a share of the steps of the run, rounded down, but at least one. Steps are not always full, so the last stage
+    would begin late if tokens were counted."""
     sequence_length: int | None = None
     """Longest piece of a document. A document that was read in part goes on at its next token."""
     weights: dict[str, float] | None = None
@@ -234,6 +235,23 @@ class DataOptions:
         """Most tokens of a piece in any stage."""
         return max([stage.sequence_length or self.sequence_length for stage in self.stages], default=self.sequence_length)
 
+    def stage_begins(self, total_steps: int) -> list[tuple[int, int | None]]:
+        """Where stages begin in a run of so many steps: tokens before each, and steps if those decide (see ``Stage``).
+
+        From the first stage on whose length is a share, ends are places in the run: tokens before it count as full steps.
+        """
+        begins: list[tuple[int, int | None]] = [(0, None)]
+        tokens, share, step = 0, 0.0, 0
+        for stage in self.stages[:-1]:
+            tokens, share = tokens + (stage.tokens or 0), share + (stage.share or 0.0)
+            if stage.share is None:
+                begins.append((tokens, None))
+                continue
+            # Rounded first: shares such as 0.1 + 0.2 are not quite what they seem.
+            step = max(step + 1, int(round(tokens / self.tokens_per_step + share * total_steps, 6)))
+            begins.append((step * self.tokens_per_step, step))
+        return begins
+
     def _validation_rules(self) -> Iterator[tuple[bool, str, object, str]]:
         plain = SourceOptions("plain", "plain")
         for number, source in enumerate(self.validation):
@@ -255,6 +273,8 @@ class DataOptions:
             some = any(weights.get(source.name, source.weight) > 0 for source in self.sources)
             is_last = number == len(self.stages) - 1
             yield stage.has_length or is_last, f"{key}.tokens", stage.tokens, "tokens or share in every stage but the last"
+            after_share = shares > 0 and stage.tokens is not None
+            yield not after_share, f"{key}.tokens", stage.tokens, "null behind a stage with a share; stages with tokens come first"
             yield not unknown, f"{key}.weights", unknown, f"names of data.sources: {', '.join(names)}"
             yield some, f"{key}.weights", stage.weights, "more than 0 for at least one source"
             yield stage.metadata or has_metadata, f"{key}.metadata", stage.metadata, "true where no source has metadata"

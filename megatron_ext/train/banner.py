@@ -44,13 +44,13 @@ def _describe_methods(setup: Setup) -> dict[str, str]:
 
 
 def describe_stages(setup: Setup) -> list[str]:
-    """For each stage, where it begins, its sequence length, and the shares of its tokens within the budget of the run."""
+    """For each stage, where it begins, its sequence length, and the shares of its tokens within the budget of the run if steps are full."""
     mixture = setup.mixture
     ends = [*(stage.begin for stage in mixture.stages[1:]), setup.token_budget]
     lines = []
     for stage, end in zip(mixture.stages, ends, strict=True):
         tokens = min(end, setup.token_budget) - stage.begin
-        line = f"from {stage.begin:,} tokens: sequences of {stage.sequence_length:,}{'' if stage.metadata else ' without metadata'}"
+        line = f"from {stage.where}: sequences of {stage.sequence_length:,}{'' if stage.metadata else ' without metadata'}"
         if tokens <= 0:
             lines.append(f"{line}, which the run does not reach")
             continue

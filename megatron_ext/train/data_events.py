@@ -43,14 +43,14 @@ class DataWatch:
         return events
 
     def unreached(self) -> list[DataEvent]:
-        """Stages that did not begin, at the end of a run: where documents do not fit, steps hold fewer tokens than they may."""
+        """Stages that did not begin, at the end of a run: steps may hold fewer tokens than those that a stage begins after."""
         stages = self._mixture.stages
         reached = stages.index(self._mixture.stage)
         return [
             DataEvent(
                 "stage_not_reached",
-                {"stage": number, "begin": stage.begin},
-                f"warning: stage {number} of the data, from {stage.begin:,} tokens on, never began",
+                {"stage": number, "begin": stage.begin, "begin_step": stage.begin_step},
+                f"warning: stage {number} of the data, from {stage.where} on, never began",
             )
             for number, stage in enumerate(stages)
             if number > reached

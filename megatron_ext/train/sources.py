@@ -80,17 +80,16 @@ def build_mixture(config: RunConfig) -> Sampler:
         weights = [each.share for each in shares]
         length = data.sequence_length
         return DecomposedMixture(corpora, weights, config.seed, length, parts.smallest, parts.curriculum, parts.cycle_tokens)
-    first, *later = build_stages(data, total_steps(config) * data.tokens_per_step)
+    first, *later = build_stages(data, total_steps(config))
     return Mixture(corpora, first.shares, config.seed, first.sequence_length, first.metadata, later)
 
 
-def build_stages(data: DataOptions, budget: int) -> list[Stage]:
-    """The stages of a run of ``budget`` tokens; one if the options name none. Raises as ``training_shares``."""
-    stages, begin = [], 0
-    for options in data.stages or [StageOptions()]:
-        stages.append(Stage(begin, options.sequence_length or data.sequence_length, _shares(data, options), options.metadata))
-        begin += options.tokens or round((options.share or 0.0) * budget)
-    return stages
+def build_stages(data: DataOptions, steps: int) -> list[Stage]:
+    """The stages of a run of so many steps; one if the options name none. Raises as ``training_shares``."""
+    return [
+        Stage(begin, options.sequence_length or data.sequence_length, _shares(data, options), options.metadata, begin_step)
+        for options, (begin, begin_step) in zip(data.stages or [StageOptions()], data.stage_begins(steps), strict=True)
+    ]
 
 
 def _shares(data: DataOptions, stage: StageOptions) -> Shares:

@@ -111,6 +111,7 @@ REFUSED = [
     ("data.stages=[{share: 1}, {}]", "data.stages.0.share: 1.0; accepted: more than 0 and less than 1, or null"),
     ("data.stages=[{tokens: 5, share: 0.5}, {}]", "data.stages.0.share: 0.5; accepted: null, because tokens is set (5)"),
     ("data.stages=[{share: 0.6}, {share: 0.5}, {}]", "data.stages.1.share: 0.5; accepted: shares of the run that sum to less than 1"),
+    ("data.stages=[{share: 0.6}, {tokens: 5}, {}]", "data.stages.1.tokens: 5; accepted: null behind a stage with a share"),
     ("data.stages=[{sequence_length: 1}]", "data.stages.0.sequence_length: 1; accepted: at least 2, or null"),
     ("data.stages=[{weights: {prose: -1}}]", "data.stages.0.weights: {'prose': -1.0}; accepted: numbers of at least 0"),
     ("data.stages=[{weights: {prose: 0}}]", "data.stages.0.weights: {'prose': 0.0}; accepted: more than 0 for at least one source"),

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.data.corpus import Corpus, Piece
 from megatron_ext.data.mixture import Mixture
-from megatron_ext.data.options import SourceOptions
+from megatron_ext.data.options import DataOptions, SourceOptions, StageOptions
 from megatron_ext.data.shares import ConstantShares, Fade, FadingShares
 from megatron_ext.data.stages import Stage, expected_tokens, stage_at
 from megatron_ext.errors import DataError
@@ -23,6 +24,8 @@ LATER = (
     Stage(2500, 32, FadingShares((0.5, 0.5, 0.0), (0.0, 0.0, 1.0), Fade(0.9, 0.1, 6000, "cosine"))),
     Stage(7000, 96, ConstantShares.of([0, 1, 1])),
 )
+
+BY_STEPS = [replace(stage, begin=STEP * steps, begin_step=steps) for stage, steps in zip(LATER, (10, 30, 35), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_without_stages_the_order_is_what_it_was(corpora: list[Corpus]) -> None:
 def test_a_step_belongs_to_the_stage_in_which_it_begins(corpora: list[Corpus]) -> None:
     mixture = staged(corpora)
     for _ in range(80):
-        stage = stage_at(mixture.stages, mixture.total)
+        stage = stage_at(mixture.stages, mixture.total, mixture.steps)
         pieces = mixture.take(STEP)
         assert mixture.stage == stage
         assert max(map(len, pieces)) <= stage.sequence_length
@@ -96,7 +99,52 @@ def test_every_token_once_an_epoch_across_stages(corpora: list[Corpus]) -> None:
         assert len(read) > corpus.num_tokens and np.array_equal(read, whole[: len(read)]), "documents go on where they were left"
 
 
-@given(stops=st.sets(st.integers(1, 99)), later=st.sampled_from([LATER, LATER[1:], ()]))
+def test_stages_that_count_steps_begin_with_them_however_full_steps_are(corpora: list[Corpus]) -> None:
+    """Steps of 128 tokens of documents cut at 64 to 96 are not full, so tokens come later than the steps that they would fill."""
+    mixture = staged(corpora, later=BY_STEPS)
+    seen = []
+    for _ in range(100):
+        mixture.take(STEP)
+        seen.append(mixture.stages.index(mixture.stage))
+    assert seen == [0] * 10 + [1] * 20 + [2] * 5 + [3] * 65
+    assert mixture.total < 0.95 * 100 * STEP and mixture.total < BY_STEPS[2].begin + 65 * STEP, "the same places in tokens come later"
+
+
+def test_the_same_stages_in_tokens_would_begin_late(corpora: list[Corpus]) -> None:
+    """What the test above must see: with tokens for steps, the last stage begins some steps later."""
+    mixture = staged(corpora, later=[replace(stage, begin_step=None) for stage in BY_STEPS])
+    steps(mixture, 36)
+    assert mixture.stage != mixture.stages[-1]
+
+
+def test_a_state_without_steps_cannot_continue_in_stages_that_count_them(corpora: list[Corpus]) -> None:
+    mixture = staged(corpora)
+    steps(mixture, 3)
+    state = mixture.state_dict()
+    del state["steps"]
+    staged(corpora).load_state_dict(state)
+    with pytest.raises(DataError, match="how many steps"):
+        staged(corpora, later=BY_STEPS).load_state_dict(state, allow_changed=True)
+
+
+@pytest.mark.parametrize(
+    ("stages", "begins"),
+    [
+        ([{"share": 0.1}, {"share": 0.2}, {"share": 0.55}, {}], [10, 30, 85]),
+        ([{"share": 0.999}, {}], [99]),
+        ([{"share": 0.001}, {"share": 0.001}, {}], [1, 2]),
+        ([{"tokens": 250}, {"tokens": 1000}, {"share": 0.5}, {}], [250, 1250, 62]),
+        ([], []),
+    ],
+)
+def test_shares_come_to_whole_steps_and_leave_the_last_stage_its_own(stages: list[dict], begins: list[int]) -> None:
+    """Of 100 steps of 100 tokens. Tokens before a share count as full steps: 12.5, and 50 more."""
+    options = DataOptions([SourceOptions("a", "a")], 64, 100, stages=[StageOptions(**each) for each in stages])
+    expected = [(each, None) if "tokens" in stage else (100 * each, each) for each, stage in zip(begins, stages, strict=False)]
+    assert options.stage_begins(100) == [(0, None), *expected]
+
+
+@given(stops=st.sets(st.integers(1, 99)), later=st.sampled_from([LATER, LATER[1:], (), BY_STEPS]))
 @settings(max_examples=12, deadline=None)
 def test_resuming_in_any_stage_changes_nothing(corpora: list[Corpus], stops: set[int], later: Sequence[Stage]) -> None:
     expected = steps(staged(corpora, later=later), 100)
@@ -104,7 +152,7 @@ def test_resuming_in_any_stage_changes_nothing(corpora: list[Corpus], stops: set
     for step in range(100):
         if step in stops:
             text = json.dumps(mixture.state_dict())
-            assert len(text) < 350, "a few integers"
+            assert len(text) < 400, "a few integers"
             mixture = staged(corpora, later=later)
             mixture.load_state_dict(json.loads(text))
         taken.append(mixture.take(STEP))
@@ -134,7 +182,9 @@ def test_changed_stages_are_refused_and_accepted_with_the_key(corpora: list[Corp
         with pytest.raises(DataError, match="a stage that has begun"):
             changed.load_state_dict(state)
         changed.load_state_dict(state, allow_changed=True)
-        assert changed.total == mixture.total and changed.stage == stage_at(changed.stages, mixture.total), "the run is where it was"
+        assert changed.total == mixture.total and changed.stage == stage_at(changed.stages, mixture.total, mixture.steps), (
+            "the run is where it was"
+        )
 
 
 def test_stages_to_come_may_be_changed(corpora: list[Corpus]) -> None:

@@ -21,7 +21,7 @@ STAGES = [
     {"share": 0.35, "sequence_length": 64, "weights": {"code": 0}},
     {"sequence_length": 128, "weights": {"prose": 1, "code": 9}, "replay_share": 0.5},
 ]
-"""Of a run of 10 steps of 256 tokens: they begin at 0, 600 and 1496 tokens, before steps 1, 4 and 7 or 8."""
+"""Of a run of 10 steps of 256 tokens: they begin at 0 and 600 tokens and after 5 steps, of which 2.34 and 3.5 are theirs."""
 
 
 def staged(folder: Path, **changes: Any) -> Path:
@@ -58,11 +58,10 @@ def test_stages_begin_where_they_should(straight: Path) -> None:
     steps = records(straight / "run", "train")
     events = [record for record in records(straight / "run", "event") if record["event"] == "stage"]
     assert [(event["stage"], event["sequence_length"]) for event in events] == [(1, 64), (2, 128)]
-    budget = 10 * 256
-    for event, begin in zip(events, (600, 600 + round(0.35 * budget)), strict=True):
-        before = {record["step"]: record["tokens"] for record in steps}
-        assert before[event["step"] - 1] >= begin > before[event["step"] - 2], "the first step that begins there or later"
     second, third = (event["step"] for event in events)
+    before = {record["step"]: record["tokens"] for record in steps}
+    assert before[second - 1] >= 600 > before[second - 2], "the first step that begins there or later"
+    assert third == 6 and before[third - 1] < 5 * 256, "the first behind 5 steps, which were not full"
     code = {record["step"]: record["tokens_by_source"]["code"] for record in steps}
     assert code[second - 1] == code[third - 1] < code[10], "the second stage leaves code out"
     assert all(int(length) <= 16 for record in steps[: second - 1] for length in record["length_histogram"])
@@ -117,17 +116,16 @@ def test_the_stages_are_told_before_the_run(tmp_path: Path) -> None:
     first, second, third = lines[lines.index("stages") + 1 :]
     assert "from 0 tokens: sequences of 16, prose" in first
     assert "from 600 tokens: sequences of 64, prose" in second and "code 0.0%" in second
-    assert third.strip() == "from 1,496 tokens: sequences of 128, prose 5.0%, code 45.0%, old 50.0%"
+    assert third.strip() == "from step 6: sequences of 128, prose 5.0%, code 45.0%, old 50.0%"
     short = dry_run(load_config(staged(tmp_path), ["train.steps=2"])).splitlines()
     assert short[-1].endswith("which the run does not reach")
 
 
 def test_stages_that_never_began_are_told_at_the_end(run_ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_ranks(1, train, staged(tmp_path), ["train.steps=4"])
+    run_ranks(1, train, staged(tmp_path, data__stages=[*STAGES[:1], {"tokens": 900}, STAGES[2]]), ["train.steps=4"])
     (event,) = [record for record in records(tmp_path / "run", "event") if record["event"] == "stage_not_reached"]
-    begin = 600 + round(0.35 * 4 * 256)
-    assert (event["stage"], event["begin"], event["step"]) == (2, begin, 4)
-    assert f"warning: stage 2 of the data, from {begin} tokens on, never began" in " ".join(capfd.readouterr().out.split())
+    assert (event["stage"], event["begin"], event["begin_step"], event["step"]) == (2, 1500, None, 4)
+    assert "warning: stage 2 of the data, from 1,500 tokens on, never began" in " ".join(capfd.readouterr().out.split())
 
 
 def test_repeated_data_are_told_once_for_each_source(run_ranks: RunRanks, tmp_path: Path) -> None:
