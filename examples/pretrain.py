@@ -22,12 +22,15 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print configuration, token budget, layout and memory, and exit")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: lay the run out for so many ranks")
     parser.add_argument("--gib", type=float, metavar="X", help="with --dry-run: memory of a device; says whether the run fits")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="with --dry-run: kind of device (default: a GPU with --gib, else this machine's)"
+    )
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            print(dry_run(config, arguments.ranks, arguments.gib))
+            print(dry_run(config, arguments.ranks, arguments.gib, arguments.device))
         else:
             pretrain(config)
     except MegatronExtError as error:

@@ -41,6 +41,13 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def estimated_device(name: str | None, gib: float | None) -> torch.device:
+    """The device that an estimate of memory is for: ``name``; else a GPU where ``gib`` says how much one has; else that of this process."""
+    if name is None and gib is None:
+        return local_device()
+    return torch.device(name or "cuda")
+
+
 def collective_backend(device: torch.device) -> str:
     """torch.distributed backend that moves tensors of ``device``."""
     return "nccl" if device.type == "cuda" else "gloo"
@@ -55,6 +62,8 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """
     if name != "auto":
         return DTYPES[name], "train.dtype"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16, "a GPU that is not here is taken to be fast at bfloat16"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         fast, what = major >= 8, f"compute capability {major}.{minor}"

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from megatron_ext.config import RunConfig, summary
 from megatron_ext.config.files import files_of
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.config import ModelConfig
-from megatron_ext.parallel.device import choose_dtype, local_device
+from megatron_ext.parallel.device import choose_dtype, estimated_device
 from megatron_ext.parallel.grid import GridShape
 from megatron_ext.parallel.world import launched_ranks
 from megatron_ext.train.banner import describe_stages
@@ -19,7 +21,7 @@ from megatron_ext.train.memory import largest_rank
 GIB = 2**30
 
 
-def dry_run(config: RunConfig, ranks: int | None = None, gib: float | None = None) -> str:
+def dry_run(config: RunConfig, ranks: int | None = None, gib: float | None = None, device: str | None = None) -> str:
     """The resolved configuration, the token budget, the layout, the memory of a rank, and the sources.
 
     Where corpora, weights or a tokenizer are not there yet, it names them instead of what follows from them.
@@ -28,6 +30,7 @@ def dry_run(config: RunConfig, ranks: int | None = None, gib: float | None = Non
         config: of the run.
         ranks: to lay the run out for; None: those that the launcher started.
         gib: memory of a device in GiB; None: nothing is said about whether the run fits.
+        device: ``cpu`` or ``cuda``, to lay the run out for; None: a GPU if ``gib`` is given, else that of this machine.
 
     Raises:
         ConfigError, DataError, CheckpointError: what is there cannot be used, or ranks cannot be divided as the configuration says.
@@ -36,7 +39,7 @@ def dry_run(config: RunConfig, ranks: int | None = None, gib: float | None = Non
     setup = None if missing else prepare(config)
     model = _shape_alone(config, missing) if setup is None else setup.model
     shape = run_shape(config, model, ranks or launched_ranks()[1])
-    text = summary(config, str(shape), model.num_parameters()) + _memory(config, model, shape, gib)
+    text = summary(config, str(shape), model.num_parameters()) + _memory(config, model, shape, gib, estimated_device(device, gib))
     return text + ("not there yet\n" + "\n".join(f"  {line}" for line in missing) if setup is None else _sources(setup))
 
 
@@ -67,11 +70,11 @@ def _shape_alone(config: RunConfig, missing: list[str]) -> ModelConfig:
     return model_config(config, load_tokenizer(tokenizer).vocab_size)
 
 
-def _memory(config: RunConfig, model: ModelConfig, shape: GridShape, gib: float | None) -> str:
-    dtype, _ = choose_dtype(config.train.dtype, local_device())
-    stage, memory = largest_rank(config, model, shape, dtype)
+def _memory(config: RunConfig, model: ModelConfig, shape: GridShape, gib: float | None, device: torch.device) -> str:
+    dtype, _ = choose_dtype(config.train.dtype, device)
+    stage, memory = largest_rank(config, model, shape, dtype, device)
     parts = ", ".join(f"{name} {value / GIB:.3g}" for name, value in asdict(memory).items())
-    line = f"memory           about {memory.total / GIB:.3g} GiB of tensors on a rank of stage {stage} ({parts})"
+    line = f"memory           about {memory.total / GIB:.3g} GiB of tensors on a rank of stage {stage}, {device.type} ({parts})"
     if gib is not None:
         line += f": {'fits into' if memory.total <= gib * GIB else 'MORE THAN'} {gib:g} GiB"
     return line + "\n"

@@ -14,12 +14,14 @@ from megatron_ext.model.loss import chunk_tokens
 from megatron_ext.model.parallel_limits import check_divides
 from megatron_ext.optim.routing import route
 from megatron_ext.optim.sharded import BUCKET_BYTES
+from megatron_ext.parallel.device import local_device
 from megatron_ext.parallel.grid import GridShape
 from megatron_ext.parallel.group import Group, Traffic
 from megatron_ext.parallel.options import ParallelOptions
 from megatron_ext.parallel.pipeline import Stage, balanced, stages
 from megatron_ext.parallel.tensor import TensorParallel
 from megatron_ext.train.code_memory import stashed, weight_codes
+from megatron_ext.train.teacher_memory import TeacherMemory, teacher_memory
 
 MOMENTS = {"adamw": 2, "adamp": 2, "muon": 1, "normuon": 1}
 """Moments of the rules, each as large as the master weights."""
@@ -30,17 +32,17 @@ class RankMemory:
     """Bytes of tensors of one rank at the end of the last forward pass and after."""
 
     parameters: int
-    """And, in low precision, the codes of the weights by rows and by columns; and those of a teacher, as if it had the model's shape."""
+    """And, in low precision, the codes of the weights by rows and by columns; and those of a teacher."""
     gradients: int
     """Main gradients: float32 where parameters are bfloat16."""
     optimizer: int
     """Master weights, where they are not the parameters themselves, moments, and what methods keep of the weights."""
     activations: int
-    """What backward needs of all packs in flight, but for what is on the host."""
+    """What backward needs of all packs in flight, but for what is on the host, and the states of a teacher."""
     recomputed: int
     """What backward computes again at a time: of one block, and of one tile of its MLP."""
     logits: int
-    """One chunk of logits, and the gradients that the loss makes while it has them."""
+    """One chunk of logits, of a teacher too, and the gradients that the loss makes while it has them."""
     buffers: int
     """What is on its way between ranks."""
     host: int
@@ -52,7 +54,9 @@ class RankMemory:
         return sum(getattr(self, field.name) for field in fields(self)) - self.host
 
 
-def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: int, dtype: torch.dtype) -> RankMemory:
+def rank_memory(
+    config: RunConfig, model: ModelConfig, shape: GridShape, stage: int, dtype: torch.dtype, device: torch.device | None = None
+) -> RankMemory:
     """Memory of a rank of a pipeline stage.
 
     Args:
@@ -61,6 +65,7 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
         shape: the grid.
         stage: number of the pipeline stage.
         dtype: of parameters and activations.
+        device: of a rank; null: that of this process.
     """
     part = _stage(config, model, shape, stage)
     tp = TensorParallel(Group("tp", tuple(range(shape.tp)), 0, None, Traffic()), config.parallel.sequence_parallel_activations)
@@ -73,15 +78,18 @@ def rank_memory(config: RunConfig, model: ModelConfig, shape: GridShape, stage: 
     tokens = config.planning.tokens_per_pack or config.data.longest_sequence
     kept, recomputed, host = _activations(config, model, shape, part, tokens, dtype)
     in_flight = min(shape.pp - stage, shape.pp)
-    teacher = 0 if config.distillation is None else size * elements
+    chunk = config.train.loss_tile_tokens or chunk_tokens(device or local_device(), model.vocab_size // shape.tp)
+    teacher = TeacherMemory()
+    if config.distillation is not None:
+        teacher = teacher_memory(config.distillation, model, part, tp, (stage, shape.pp), tokens, chunk, dtype)
     return RankMemory(
-        parameters=size * (owned if zero == 3 else elements) + weight_codes(config.precision, model, held) + teacher,
+        parameters=size * (owned if zero == 3 else elements) + weight_codes(config.precision, model, held) + teacher.parameters,
         gradients=wide * (owned if zero >= 2 else elements),
         optimizer=wide * _optimizer_values(config, model, held, shape, aliased=zero == 0 and dtype.itemsize >= 4) // shape.dp,
-        activations=kept * in_flight,
+        activations=(kept + teacher.activations) * in_flight + teacher.stream,
         recomputed=recomputed,
-        logits=_logits(model, shape, tokens, dtype, config.train.loss_tile_tokens) if part.is_last else 0,
-        buffers=_buffers(model, shape, part, tokens, dtype) + _exchanged(config, model, shape, tokens, dtype),
+        logits=_logits(model, shape, tokens, dtype, chunk, teacher) if part.is_last else 0,
+        buffers=_buffers(model, shape, part, tokens, dtype, teacher) + _exchanged(config, model, shape, tokens, dtype),
         host=host * in_flight,
     )
 
@@ -167,19 +175,19 @@ def _activations(
     return kept + angles + first * part.is_first + last * part.is_last, again, host
 
 
-def _logits(model: ModelConfig, shape: GridShape, tokens: int, dtype: torch.dtype, tile: int | None) -> int:
-    rows = -(-model.vocab_size // shape.tp)
-    chunk = min(tokens, tile or chunk_tokens(torch.device("cpu"), model.vocab_size // shape.tp))
-    wide = max(4, dtype.itemsize)
-    copies = 2 if wide > dtype.itemsize else 1
-    gradients = rows * model.hidden_size * (wide + (dtype.itemsize if copies == 2 else 0)) + tokens * model.hidden_size * dtype.itemsize
-    return chunk * rows * (wide + (dtype.itemsize if copies == 2 else 0)) + gradients
+def _logits(model: ModelConfig, shape: GridShape, tokens: int, dtype: torch.dtype, chunk: int, teacher: TeacherMemory) -> int:
+    rows, size, wide = -(-model.vocab_size // shape.tp), dtype.itemsize, max(4, dtype.itemsize)
+    narrow = size if size < wide else 0
+    matrix, states = rows * model.hidden_size, tokens * model.hidden_size * size
+    alone = min(chunk, tokens) * rows * (wide + 2 * narrow) + matrix * (wide + narrow) + states
+    # The divergence from a teacher comes behind the loss, whose gradients wait for backward.
+    return max(alone, matrix * size + states + teacher.logits) if teacher.logits else alone
 
 
-def _buffers(model: ModelConfig, shape: GridShape, part: Stage, tokens: int, dtype: torch.dtype) -> int:
+def _buffers(model: ModelConfig, shape: GridShape, part: Stage, tokens: int, dtype: torch.dtype, teacher: TeacherMemory) -> int:
     buckets = 2 * BUCKET_BYTES if shape.dp > 1 else 0
     ends = 2 - part.is_first - part.is_last
-    return buckets + 2 * ends * tokens * model.hidden_size * dtype.itemsize
+    return buckets + 2 * ends * (tokens * model.hidden_size * dtype.itemsize + teacher.stream)
 
 
 def _exchanged(config: RunConfig, model: ModelConfig, shape: GridShape, tokens: int, dtype: torch.dtype) -> int:
@@ -207,11 +215,13 @@ def grids(config: RunConfig, model: ModelConfig, devices: int) -> Iterator[GridS
         yield shape
 
 
-def largest_rank(config: RunConfig, model: ModelConfig, shape: GridShape, dtype: torch.dtype) -> tuple[int, RankMemory]:
-    """The pipeline stage that needs most, and what it needs."""
+def largest_rank(
+    config: RunConfig, model: ModelConfig, shape: GridShape, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[int, RankMemory]:
+    """The pipeline stage that needs most, and what it needs; see ``rank_memory``."""
     fitted = replace(config.parallel, tp=shape.tp, pp=shape.pp, layers_per_stage=None, sequence_parallel_activations=False)
     keeps = config.parallel.sequence_parallel_activations and shape.tp > 1
     parallel = replace(fitted, sequence_parallel_activations=keeps)
     on_grid = config.model_copy(update={"parallel": parallel})
-    memories = [(stage, rank_memory(on_grid, model, shape, stage, dtype)) for stage in range(shape.pp)]
+    memories = [(stage, rank_memory(on_grid, model, shape, stage, dtype, device)) for stage in range(shape.pp)]
     return max(memories, key=lambda each: each[1].total)

@@ -21,16 +21,17 @@ def build_distillation(config: RunConfig, model: GPT, sources: list[str], grid: 
     shape = load_hf_config(options.teacher)
     attention, _ = select_backend(config.model.attention, parameter.device, parameter.dtype, shape.head_dim)
     with torch.device("meta"):
-        teacher = GPT(shape, attention, tp=model.tp, stage=_stage(shape, model, grid)).to(parameter.dtype)
+        stage = teacher_stage(shape, model.config, model.stage, grid.stage, grid.shape.pp)
+        teacher = GPT(shape, attention, tp=model.tp, stage=stage).to(parameter.dtype)
     teacher.to_empty(device=parameter.device)
     load_hf_weights(teacher, options.teacher)
     factor = 1.0 if config.optimizer.sharding == "whole_tensor" else float(grid.shape.dp)
     return Distillation(model, teacher, options, sources, grid, factor)
 
 
-def _stage(shape: ModelConfig, model: GPT, grid: Grid) -> Stage:
-    """The teacher's layers on this rank: those of the student, so that hidden states meet; of another depth, as parameters weigh."""
-    if shape.num_layers == model.config.num_layers:
-        return model.stage
+def teacher_stage(shape: ModelConfig, student: ModelConfig, part: Stage, stage: int, pp: int) -> Stage:
+    """The teacher's layers beside the student's ``part``: the same, so that hidden states meet; of another depth, as parameters weigh."""
+    if shape.num_layers == student.num_layers:
+        return part
     weights = shape.block_parameters, shape.embedding_parameters, shape.embedding_parameters
-    return stages(balanced(shape.num_layers, grid.shape.pp, *weights))[grid.stage]
+    return stages(balanced(shape.num_layers, pp, *weights))[stage]

@@ -1,6 +1,7 @@
 """Estimated bytes against those of the tensors that a model and its optimizer really hold."""
 
 import gc
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.checkpoint.hf_config import config_to_hf
 from megatron_ext.config import RunConfig, load_config
 from megatron_ext.model.config import ModelConfig
+from megatron_ext.model.distillation import hidden_distance, linear_kl_divergence
 from megatron_ext.model.gpt import GPT
+from megatron_ext.model.loss import linear_cross_entropy
 from megatron_ext.model.mlp import set_tile
 from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.placements import placements
@@ -27,8 +31,10 @@ from megatron_ext.precision.operands import stripped
 from megatron_ext.precision.recipe import Recipe
 from megatron_ext.precision.state import PrecisionState
 from megatron_ext.train.build import build_optimizer
+from megatron_ext.train.dry_run import dry_run
 from megatron_ext.train.memory import grids, largest_rank, rank_memory
 from tests.distributed import RunRanks
+from tests.peak_memory import peak_bytes
 from tests.train.tiny_run import write_run
 
 MODEL = ModelConfig(512, 64, 160, 4, 8, 4, 8, 256)
@@ -180,12 +186,69 @@ def test_states_are_those_of_the_optimizer(run_ranks: RunRanks, path: str, shape
         assert (memory.parameters, memory.gradients, memory.optimizer) == pytest.approx(measured, rel=0.1)
 
 
-def test_a_teacher_is_counted(path: str) -> None:
+def test_the_weights_and_the_stream_of_a_teacher_are_counted(path: str) -> None:
     alone, taught = (
         rank_memory(config_of(path, *overrides), MODEL, GridShape(1, 2, 2), 0, torch.bfloat16)
-        for overrides in ((), ("distillation={teacher: there, kl: {weight: 1.0}}",))
+        for overrides in ((), ("distillation={teacher: there, hidden: {weight: 1.0}}",))
     )
-    assert taught == replace(alone, parameters=2 * alone.parameters)
+    stream, difference = TOKENS * 64 * 2, TOKENS * 64 * 4
+    assert taught == replace(alone, parameters=2 * alone.parameters, activations=alone.activations + stream + difference)
+
+
+def test_a_teacher_of_another_shape_is_counted_by_its_own(path: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(replace(MODEL, hidden_size=128, num_layers=6), dtype="float32")))
+    alone, taught = (
+        rank_memory(config_of(path, *overrides), MODEL, GridShape(2, 1, 1), 1, torch.float32)
+        for overrides in ((), (f"distillation={{teacher: {tmp_path}, kl: {{weight: 1.0}}}}",))
+    )
+    with torch.device("meta"):
+        teacher = GPT(replace(MODEL, hidden_size=128, num_layers=6), stage=stages([3, 3])[1])
+    assert taught.parameters - alone.parameters == 4 * sum(parameter.numel() for parameter in teacher.parameters())
+    assert taught.activations - alone.activations == 2 * TOKENS * 128 * 4, "as it came from the first stage, and as it goes to the head"
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_distances_keep_is_counted(path: str, dtype: torch.dtype, kind: str) -> None:
+    options = f"distillation={{teacher: there, hidden: {{weight: 1.0, kind: {kind}, layers: [0, 2, 4]}}}}"
+    alone, taught = (rank_memory(config_of(path, *keys), MODEL, GridShape(1, 1, 1), 0, dtype) for keys in ((), (options,)))
+    states = [torch.randn(TOKENS, 64).to(dtype).requires_grad_() for _ in range(3)]
+
+    def losses() -> torch.Tensor:
+        return torch.stack([hidden_distance(x, torch.randn_like(x).detach(), kind) @ torch.ones(TOKENS) for x in states]).sum()
+
+    keeps = kept_by(losses, torch.nn.ParameterList(states if dtype == torch.float32 else []))
+    ours = 0 if kind == "mse" or dtype != torch.float32 else 3 * TOKENS * 64 * 4
+    stream = TOKENS * 64 * dtype.itemsize
+    assert taught.activations - alone.activations - stream == pytest.approx(keeps + ours, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taught", [False, True])
+def test_chunks_of_logits_are_what_the_losses_take_at_once(path: str, dtype: torch.dtype, taught: bool) -> None:
+    model = replace(MODEL, vocab_size=4096)
+    keys = ["train.loss_tile_tokens=48", "distillation={teacher: there, kl: {weight: 1.0}}"]
+    memory = rank_memory(config_of(path, *keys[: 1 + taught]), model, GridShape(1, 1, 1), 0, dtype)
+    hidden, weight = (torch.randn(n, 64).to(dtype).requires_grad_() for n in (TOKENS, 4096))
+    ones, labels = torch.ones(TOKENS), torch.zeros(TOKENS, dtype=torch.int64)
+
+    def losses() -> list[torch.Tensor]:
+        found = [linear_cross_entropy(hidden, weight, labels, ones, tile=48)[0]]
+        if taught:
+            found.append(linear_kl_divergence((hidden, weight), (hidden.detach().clone(), weight.detach()), ones, tile=48)[0])
+        return found
+
+    # A CPU adds bfloat16 to float32 by way of a float32 copy, a GPU does not.
+    copied = weight.numel() * 4 if dtype == torch.bfloat16 and not taught else 0
+    assert memory.logits == pytest.approx(peak_bytes(losses) - copied, rel=0.1)
+
+
+def test_the_chunk_of_logits_is_that_of_the_device_of_the_estimate(path: str) -> None:
+    config, model = config_of(path, "data.sequence_length=1024"), replace(MODEL, vocab_size=65536)
+    cpu, gpu = (rank_memory(config, model, GridShape(1, 1, 1), 0, torch.bfloat16, torch.device(name)).logits for name in ("cpu", "cuda"))
+    assert gpu - cpu == (1024 - 256) * 65536 * (4 + 2 + 2), "a GPU takes 1024 tokens at once, a CPU the fewest"
+    told = [dry_run(load_config(path), gib=gib, device=device) for gib, device in ((1.0, None), (1.0, "cpu"), (None, None))]
+    assert ["rank of stage 0, cuda" in text for text in told] == [True, False, torch.cuda.is_available()]
 
 
 def test_more_division_needs_less(path: str) -> None:
