@@ -17,5 +17,13 @@ class CheckpointError(MegatronExtError, RuntimeError):
     """A checkpoint that cannot be written, or is missing, incomplete or altered."""
 
 
+class StorageError(CheckpointError):
+    """A checkpoint that could not be written: disk full, permissions, a file system that failed."""
+
+
+class NonFiniteError(CheckpointError):
+    """A checkpoint that was not written, because its weights are not finite."""
+
+
 class ReplicaError(MegatronExtError):
     """Ranks that must hold the same values do not."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 
@@ -23,13 +24,16 @@ def saved_steps(root: Path) -> list[Path]:
 
 
 def begin(root: Path, step: int) -> Path:
-    """An empty directory beside the final one. What an interrupted save left behind is removed."""
+    """An empty directory beside the final one. What an interrupted save left behind is removed.
+
+    Its name is new each time: ranks of a run that died may live on for seconds, and must not write into it.
+    """
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".step_*"):
         shutil.rmtree(leftover)
     for leftover in root.glob(f".{LATEST}.*.tmp"):
         leftover.unlink()
-    beside = root / f".{step_directory(root, step).name}.tmp"
+    beside = root / f".{step_directory(root, step).name}.{secrets.token_hex(4)}.tmp"
     (beside / "optimizer").mkdir(parents=True)
     return beside
 
@@ -39,14 +43,26 @@ def publish(root: Path, beside: Path, step: int) -> Path:
     final = step_directory(root, step)
     for directory in (beside / "optimizer", beside):
         fsync_directory(directory)
-    replaced = _set_aside(final) if final.exists() else None
+    replaced = _replaced(root, final) if final.exists() else None
     os.rename(beside, final)
     fsync_directory(root)
     if replaced:
         shutil.rmtree(replaced)
-    with atomic_open(root / LATEST) as file:
-        file.write(final.name + "\n")
+    _point_to(final)
     return final
+
+
+def _replaced(root: Path, final: Path) -> Path:
+    """Set an earlier checkpoint of the same step aside; ``latest`` names an older one as long as it is away, if there is one."""
+    older = [path for path in saved_steps(root) if path < final]
+    if older and latest(root) == final:
+        _point_to(older[-1])
+    return _set_aside(final)
+
+
+def _point_to(path: Path) -> None:
+    with atomic_open(path.parent / LATEST) as file:
+        file.write(path.name + "\n")
 
 
 def latest(root: Path) -> Path | None:
@@ -68,14 +84,22 @@ def latest(root: Path) -> Path | None:
     return root / name
 
 
-def keep_newest(root: Path, count: int) -> None:
-    """Remove all but the ``count`` newest checkpoints up to the one that ``latest`` names.
+def keep_newest(root: Path, count: int, every: int | None = None) -> list[Path]:
+    """Remove all but the ``count`` newest checkpoints up to the one that ``latest`` names; returns what was removed, oldest first.
 
-    Later ones are of an attempt that was given up by resuming from an older checkpoint; the run replaces them as it gets there.
+    Later ones are of an attempt that was given up by resuming from an older checkpoint; the run replaces them as it gets there. Steps that
+    ``every`` divides stay.
     """
     current = latest(root)
-    for path in [path for path in saved_steps(root) if current is None or path <= current][: -max(1, count)]:
+    old = [path for path in saved_steps(root) if current is None or path <= current][: -max(1, count)]
+    evicted = [path for path in old if every is None or _step_of(path) % every]
+    for path in evicted:
         shutil.rmtree(_set_aside(path))
+    return evicted
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _set_aside(path: Path) -> Path:

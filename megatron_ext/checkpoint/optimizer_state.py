@@ -8,13 +8,15 @@ run, on any grid, reads just the boxes that it owns then.
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_ext.checkpoint.tensor_file import tensor_file
+from megatron_ext.checkpoint.finite import require_finite
+from megatron_ext.checkpoint.tensor_file import host_copy, tensor_file
 from megatron_ext.errors import CheckpointError
 from megatron_ext.optim.ownership import OwnedBox
 from megatron_ext.parallel.placement import Box, box_shape, intersection, slices
@@ -22,36 +24,63 @@ from megatron_ext.parallel.placement import Box, box_shape, intersection, slices
 FOLDER = "optimizer"
 INDEX = "index.json"
 FORMAT = 3
+MASTER = "master"
 OwnedState = tuple[OwnedBox, dict[str, torch.Tensor]]
 
 
-def write_owned(state: Iterable[OwnedState], directory: Path, rank: int, size: int) -> tuple[str | None, list[dict[str, Any]]]:
-    """Write the parts that one rank saves.
+@dataclass(frozen=True)
+class OwnedFile:
+    """The parts that one rank saves, and their file."""
+
+    name: str
+    """Relative to the checkpoint."""
+    entries: list[dict[str, Any]]
+    """Of the parts, for the index."""
+    tensors: dict[str, torch.Tensor]
+    """By the name that they have in the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
+
+    def copied(self) -> "OwnedFile":
+        """With the values as they are now, in memory of the host that nobody else writes to."""
+        return replace(self, tensors={key: host_copy(tensor) for key, tensor in self.tensors.items()})
+
+    def write(self, directory: Path) -> list[str]:
+        """Write the file into a checkpoint; returns its name, or nothing where the rank saves nothing.
+
+        Raises:
+            NonFiniteError: a master is not finite.
+        """
+        if not self.entries:
+            return []
+        with tensor_file(directory / self.name, {key: (tensor.dtype, tensor.shape) for key, tensor in self.tensors.items()}) as write:
+            for key, tensor in self.tensors.items():
+                name, kind, _ = key.split("|")
+                write(require_finite(name, kind, tensor) if kind == MASTER else tensor)
+        return [self.name]
+
+
+def owned_file(state: Iterable[OwnedState], rank: int, size: int) -> OwnedFile:
+    """What one rank saves.
 
     Args:
         state: parts with their tensors by kind: of the shape of the part (``master`` and moments) or of its first dimensions (a number
             for each row), or scalars (``step``).
-        directory: of the checkpoint.
         rank: number of this file among ``size``.
-
-    Returns:
-        The file's path relative to ``directory`` (None if the rank saves nothing), and its entries for the index.
     """
     entries = []
     name = f"{FOLDER}/owned-{rank + 1:05d}-of-{size:05d}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
     for part, values in state:
-        blocks = {kind: t for kind, t in values.items() if t.ndim or t.shape == values["master"].shape}
+        blocks = {kind: t for kind, t in values.items() if t.ndim or t.shape == values[MASTER].shape}
         scalars = {kind: t.item() for kind, t in values.items() if kind not in blocks}
         tensors |= {_key(part.name, kind, part.box[: tensor.ndim]): tensor for kind, tensor in blocks.items()}
         box, dimensions = [list(bounds) for bounds in part.box], {kind: blocks[kind].ndim for kind in sorted(blocks)}
         entries.append({"name": part.name, "box": box, "file": name, "kinds": dimensions, "scalars": scalars})
-    if not entries:
-        return None, []
-    with tensor_file(directory / name, {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}) as write:
-        for tensor in tensors.values():
-            write(tensor)
-    return name, entries
+    return OwnedFile(name, entries, tensors)
 
 
 def index_of(entries: Iterable[dict[str, Any]], shapes: dict[str, list[int]]) -> dict[str, Any]:

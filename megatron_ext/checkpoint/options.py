@@ -1,6 +1,7 @@
 """What a user can say about checkpoints."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_ext.option_rules import require
 
@@ -13,6 +14,14 @@ class CheckpointOptions:
     """Save every this many steps; null: only at the end and when stopped."""
     keep_last: int = 2
     """Number of newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this number divides are kept for good; null: none is."""
+    asynchronous: bool | None = None
+    """``true``: training goes on while a thread of each rank writes a copy of its part, which takes as much memory of the host as the rank
+    saves. ``false``: training waits. null: ``true`` on an accelerator; ``false`` on the CPU, whose cores and memory training needs."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, because the disk is full for example: ``stop`` the run, or ``continue`` until the next one. The
+    last save of a run must succeed, and so must the check that weights are finite."""
     resume: str = "auto"
     """``auto``: from the latest checkpoint in the run directory if there is one; ``never``; or a checkpoint directory."""
     branch_from: str | None = None
@@ -27,6 +36,7 @@ class CheckpointOptions:
         require(
             (self.every is None or self.every >= 1, "every", self.every, "a number of steps, at least 1, or null"),
             (self.keep_last >= 1, "keep_last", self.keep_last, "at least 1"),
+            (self.keep_every is None or self.keep_every >= 1, "keep_every", self.keep_every, "a number of steps, at least 1, or null"),
             (bool(self.resume), "resume", self.resume, "auto, never or a checkpoint directory"),
             (self.branch_from != "", "branch_from", self.branch_from, "a checkpoint directory, or null"),
             (

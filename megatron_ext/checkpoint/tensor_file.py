@@ -49,6 +49,11 @@ def tensor_file(
         assert next(expected, None) is None, "every announced tensor was written"
 
 
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The values as they are now, in memory of the host that nobody else writes to."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def _header(tensors: Mapping[str, Kind], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0

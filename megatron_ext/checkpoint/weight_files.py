@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.finite import require_finite
 from megatron_ext.checkpoint.hf import shard_file_names, shard_plan
-from megatron_ext.checkpoint.tensor_file import tensor_file
+from megatron_ext.checkpoint.tensor_file import host_copy, tensor_file
+from megatron_ext.errors import NonFiniteError
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.parallel.placement import Placement, box_shape, slices, whole_box
 
@@ -22,6 +24,10 @@ class WeightFile:
     writer: int
     """The data rank that writes it."""
     shapes: dict[str, torch.Size]
+
+    def is_written_by(self, grid: Grid) -> bool:
+        """True on the one rank that writes it."""
+        return self.stage == grid.stage and self.writer == grid.dp.rank and grid.tp.rank == 0
 
 
 def plan_weight_files(placements: Mapping[str, Placement], grid: Grid, itemsize: int, max_bytes: int) -> list[WeightFile]:
@@ -62,16 +68,16 @@ def write_weight_files(
         Names of the files that this rank wrote.
 
     Raises:
-        OSError: after all files have been gone through, so that no rank waits for this one.
+        OSError, NonFiniteError: after all files have been gone through, so that no rank waits for this one.
     """
     written, failure = [], None
     for file in (file for file in files if file.stage == grid.stage):
         tensors = _assembled(file, weight, placements, grid)
-        if file.writer == grid.dp.rank and grid.tp.rank == 0:
+        if file.is_written_by(grid):
             try:
                 _write(directory / file.name, file.shapes, tensors)
                 written.append(file.name)
-            except OSError as error:
+            except (OSError, NonFiniteError) as error:
                 failure = failure or error
         for _ in tensors:
             pass
@@ -80,7 +86,29 @@ def write_weight_files(
     return written
 
 
+def copy_weight_files(
+    files: list[WeightFile], weight: Callable[[str], Tensor], placements: Mapping[str, Placement], grid: Grid
+) -> list[tuple[WeightFile, list[Tensor]]]:
+    """As ``write_weight_files``, but keep copies in the memory of the host of what this rank is to write."""
+    kept = []
+    for file in (file for file in files if file.stage == grid.stage):
+        tensors = _assembled(file, weight, placements, grid)
+        if file.is_written_by(grid):
+            kept.append((file, [host_copy(tensor) for tensor in tensors]))
+        for _ in tensors:
+            pass
+    return kept
+
+
+def write_copies(copies: list[tuple[WeightFile, list[Tensor]]], directory: Path) -> list[str]:
+    """Write what ``copy_weight_files`` kept; returns the names of the files."""
+    for file, tensors in copies:
+        _write(directory / file.name, file.shapes, iter(tensors))
+    return [file.name for file, _ in copies]
+
+
 def _write(path: Path, shapes: Mapping[str, torch.Size], tensors: Iterator[Tensor]) -> None:
+    tensors = (require_finite(name, "exported", tensor) for name, tensor in zip(shapes, tensors, strict=True))
     first = next(tensors)
     with tensor_file(path, {name: (first.dtype, shape) for name, shape in shapes.items()}, {"format": "pt"}) as write:
         write(first)

@@ -4,12 +4,14 @@ from dataclasses import asdict
 
 import torch
 
+from megatron_ext.checkpoint.options import CheckpointOptions
 from megatron_ext.model.gpt import parameter_shapes
 from megatron_ext.optim.main_gradients import main_dtype
 from megatron_ext.optim.routing import summarize_routes
 from megatron_ext.parallel.device import describe
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.train.build import Setup
+from megatron_ext.train.saving import is_asynchronous
 
 
 def describe_run(setup: Setup, grid: Grid, dtype: torch.dtype) -> dict[str, str]:
@@ -28,9 +30,18 @@ def describe_run(setup: Setup, grid: Grid, dtype: torch.dtype) -> dict[str, str]
         **_describe_methods(setup),
         "step": f"{config.data.tokens_per_step:,} tokens at most; {packs}",
         "budget": f"{setup.total_steps:,} steps, {setup.token_budget:,} tokens",
+        "checkpoints": _describe_saving(config.checkpoint, grid),
         "data": ", ".join(f"{each.name} {tokens / setup.token_budget:.1%} ({each.num_tokens:,} tokens)" for each, tokens in sources),
         **{f"  stage {number}": line for number, line in enumerate(describe_stages(setup)) if len(setup.mixture.stages) > 1},
     }
+
+
+def _describe_saving(options: CheckpointOptions, grid: Grid) -> str:
+    """When checkpoints are written, what is kept of them, and whether training waits."""
+    when = "at the end" if options.every is None else f"every {options.every} steps"
+    kept = f"the newest {options.keep_last} kept" + (f", those of every {options.keep_every} steps for good" if options.keep_every else "")
+    waits = "copied, and written while training goes on" if is_asynchronous(options, grid.world.device) else "training waits for them"
+    return f"{when}, {kept}; {waits}"
 
 
 def _describe_methods(setup: Setup) -> dict[str, str]:

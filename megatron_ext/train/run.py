@@ -10,6 +10,7 @@ from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.shared_directory import prove_shared
 from megatron_ext.parallel.world import World, join_world, launched_ranks
 from megatron_ext.train.build import Setup, build_grid, prepare, run_shape
+from megatron_ext.train.run_lock import RunLock
 from megatron_ext.train.sources import CONFIG_FILE
 from megatron_ext.train.stopping import forget_request
 from megatron_ext.train.trainer import Trainer
@@ -40,10 +41,12 @@ def _train(setup: Setup, world: World) -> None:
     run_dir = Path(setup.config.run_dir)
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        forget_request(run_dir)
-    prove_shared(run_dir, world)
-    trainer = Trainer(setup, build_grid(setup, world))
-    if world.is_main:
-        with atomic_open(run_dir / CONFIG_FILE) as file:
-            file.write(dump_config(setup.config))
-    trainer.train()
+    with RunLock(run_dir, world) as lock:
+        if world.is_main:
+            forget_request(run_dir)
+        prove_shared(run_dir, world)
+        trainer = Trainer(setup, build_grid(setup, world), lock)
+        if world.is_main:
+            with atomic_open(run_dir / CONFIG_FILE) as file:
+                file.write(dump_config(setup.config))
+        trainer.train()

@@ -41,6 +41,8 @@ from megatron_ext.train.objective import check_same_objective, objective_state
 from megatron_ext.train.packs import PlannedPacks
 from megatron_ext.train.precision import switch_target
 from megatron_ext.train.probes import Reading, build_probes
+from megatron_ext.train.run_lock import RunLock
+from megatron_ext.train.saving import Saving
 from megatron_ext.train.step_plans import StepPlan, StepPlanner
 from megatron_ext.train.stopping import StopRequest
 from megatron_ext.train.teacher import build_distillation
@@ -51,9 +53,12 @@ MOST_PACKS_WRITTEN = 4096
 
 
 class Trainer:
-    """One run on all ranks. Made after the process group; ``train`` runs it from wherever it stands to its end or until it is stopped."""
+    """One run on all ranks. Made after the process group; ``train`` runs it from wherever it stands to its end or until it is stopped.
 
-    def __init__(self, setup: Setup, grid: Grid) -> None:
+    Nothing is written to the checkpoints of the run after ``lock``, if there is one, was lost.
+    """
+
+    def __init__(self, setup: Setup, grid: Grid, lock: RunLock | None = None) -> None:
         self.setup, self.grid, self.world = setup, grid, grid.world
         self.config = setup.config
         self.run_dir = Path(self.config.run_dir)
@@ -87,14 +92,17 @@ class Trainer:
         self.needles = self._build_needles()
         self.console = Console(self.world.is_main, self.total_steps)
         self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
-        self.checkpoints = CheckpointWriter(
+        checkpoints = CheckpointWriter(
             self.run_dir / CHECKPOINTS,
             grid,
             setup.hf_config(next(self.model.parameters()).dtype),
             setup.copy_tokenizer,
             self.config.checkpoint.keep_last,
             int(self.config.checkpoint.max_shard_gib * 2**30),
+            self.config.checkpoint.keep_every,
+            lock.confirm if lock else lambda: None,
         )
+        self.saving = Saving(checkpoints, self.config.checkpoint, self.metrics, self.console)
 
     def _build_planner(self) -> StepPlanner:
         options, data = self.config.planning, self.setup.mixture
@@ -131,12 +139,13 @@ class Trainer:
         self.console.start_clock()
         while self.step < self.total_steps:
             stopping = self._train_step()
+            self.saving.look()
             if self._due(self.config.evaluation.every) or self.step == self.total_steps:
                 self._evaluate()
             if self._needles_due():
                 self._find_needles()
             if stopping or self._due(self.config.checkpoint.every) or self.step == self.total_steps:
-                self._save()
+                self._save(last=stopping or self.step == self.total_steps)
                 saved = self.step
             if stopping:
                 self.metrics.write("event", event="stop", step=self.step, tokens=self.tokens)
@@ -302,14 +311,10 @@ class Trainer:
             for line in described(read_evaluations(self.run_dir / METRICS_FILE), trained, new):
                 self.console.say(line)
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
         if self.config.planning.correct:
             self._correct_costs()
-        begin = time.perf_counter()
-        path = self.checkpoints.save(self.step, self.engine.weight, self.optimizer, self._state())
-        seconds = time.perf_counter() - begin
-        self.metrics.write("event", event="save", step=self.step, tokens=self.tokens, path=str(path), seconds=seconds)
-        self.console.say(f"saved {path} in {seconds:.1f} s")
+        self.saving.save(self.step, self.engine.weight, self.optimizer, self._state(), last)
         self.console.start_clock()
 
     def _correct_costs(self) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.atomic_io import write_json
-from megatron_ext.checkpoint.optimizer_state import OwnedStateReader, index_of, write_owned
+from megatron_ext.checkpoint.optimizer_state import OwnedStateReader, index_of, owned_file
 from megatron_ext.errors import CheckpointError
 from megatron_ext.optim.ownership import OwnedBox, assign_rows
 from megatron_ext.parallel.placement import slices, whole_box
@@ -48,9 +48,9 @@ def write(directory: Path, ranks: int, columns: int = 1) -> None:
     entries = []
     for rank in range(ranks):
         owned = [(part, state_of(part)) for part in parts_of(ranks, columns) if part.owner == rank]
-        file, mine = write_owned(owned, directory, rank, ranks)
-        assert (file is None) == (not owned)
-        entries += mine
+        file = owned_file(owned, rank, ranks)
+        assert len(file.write(directory)) == bool(owned)
+        entries += file.entries
     write_json(directory / "optimizer" / "index.json", index_of(entries, {name: list(shape) for name, shape in SHAPES.items()}))
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_ext.checkpoint import save
 from megatron_ext.checkpoint.directory import latest, saved_steps
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import StorageError
 from megatron_ext.parallel.world import World
 from tests.checkpoint.tiny_state import CONFIG, trained, weight_of, writer
 from tests.distributed import RunRanks
@@ -28,7 +28,7 @@ from tests.grids import ALONE
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 4000])
 def test_a_checkpoint_is_a_model_that_transformers_loads(tmp_path: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     model, optimizer = trained(dtype=dtype)
-    path = writer(tmp_path, max_shard_bytes=max_shard_bytes, dtype=dtype).save(7, weight_of(model), optimizer, {"tokens": 3})
+    path = writer(tmp_path, max_shard_bytes=max_shard_bytes, dtype=dtype).save(7, weight_of(model), optimizer, {"tokens": 3}).path
     shards = len(list(path.glob("model*.safetensors")))
     assert (shards > 1) == (path / "model.safetensors.index.json").exists() == (max_shard_bytes == 4000)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
@@ -43,7 +43,7 @@ def test_a_checkpoint_is_a_model_that_transformers_loads(tmp_path: Path, dtype: 
 
 def save_on(world: World, root: Path, dtype: torch.dtype) -> str:
     model, optimizer = trained(world, dtype)
-    return str(writer(root, world, max_shard_bytes=4000, dtype=dtype).save(2, weight_of(model), optimizer, {"tokens": 3}))
+    return str(writer(root, world, max_shard_bytes=4000, dtype=dtype).save(2, weight_of(model), optimizer, {"tokens": 3}).path)
 
 
 def load_on(world: World, path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -145,7 +145,7 @@ def test_killed_at_any_moment_the_very_first_save_leaves_all_or_nothing(tmp_path
 
 
 def fail_on_last_rank(world: World, root: Path, name: str, error: OSError) -> tuple[str, list[str]]:
-    """Save step 1, then step 2 with ``save.<name>`` failing on the last rank only; the error that this rank sees."""
+    """Save step 1, then step 2 with ``name`` failing on the last rank only; the error that this rank sees, and what is there then."""
     model, optimizer = trained(world)
     checkpoints = writer(root, world)
     checkpoints.save(1, weight_of(model), optimizer, {})
@@ -153,10 +153,11 @@ def fail_on_last_rank(world: World, root: Path, name: str, error: OSError) -> tu
     def failing(*arguments: Any) -> Any:
         raise error
 
-    original = getattr(save, name)
-    with mock.patch.object(save, name, failing if world.rank == world.size - 1 else original), pytest.raises(CheckpointError) as caught:
+    place = save.OwnedFile if name == "write" else save
+    failing = failing if world.rank == world.size - 1 else getattr(place, name)
+    with mock.patch.object(place, name, failing), pytest.raises(StorageError) as caught:
         checkpoints.save(2, weight_of(model), optimizer, {})
-    seen = [path.name for path in saved_steps(root)]
+    seen = sorted(path.name for path in root.iterdir())
     world.barrier()
     checkpoints.save(3, weight_of(model), optimizer, {})
     return str(caught.value), seen
@@ -168,9 +169,10 @@ def fail_on_last_rank(world: World, root: Path, name: str, error: OSError) -> tu
     ids=["disk full", "permission"],
 )
 def test_an_error_on_one_rank_is_one_on_all_and_leaves_the_old_checkpoint(run_ranks: RunRanks, tmp_path: Path, error: OSError) -> None:
-    for message, seen in run_ranks(2, fail_on_last_rank, tmp_path, "write_owned", error):
-        assert message == f"rank 1: cannot save the checkpoint: {type(error).__name__}: {error}"
-        assert seen == ["step_00000001"]
+    for message, seen in run_ranks(2, fail_on_last_rank, tmp_path, "write", error):
+        assert message.startswith(f"rank 1: cannot save the checkpoint: {type(error).__name__}: {error}")
+        assert ("The checkpoint needs 0.1 MiB; without it" in message) == (error.errno == errno.ENOSPC)
+        assert seen == ["latest", "step_00000001"], "nothing of the failed save is left"
     assert [path.name for path in saved_steps(tmp_path)] == ["step_00000001", "step_00000003"]
     verify(tmp_path / "step_00000001", ALONE)
 
@@ -178,8 +180,9 @@ def test_an_error_on_one_rank_is_one_on_all_and_leaves_the_old_checkpoint(run_ra
 @pytest.mark.parametrize("name", ["begin", "publish", "write_json", "keep_newest"])
 def test_an_error_of_the_main_rank_leaves_the_old_checkpoint(tmp_path: Path, name: str) -> None:
     error = OSError(errno.EDQUOT, "Disk quota exceeded")
-    message, _ = fail_on_last_rank(ALONE, tmp_path, name, error)
-    assert message.endswith("cannot save the checkpoint: OSError: [Errno 122] Disk quota exceeded")
+    message, seen = fail_on_last_rank(ALONE, tmp_path, name, error)
+    assert message.startswith("cannot save the checkpoint: OSError: [Errno 122] Disk quota exceeded")
+    assert not [name for name in seen if name.startswith(".")]
     verify(tmp_path / "step_00000001", ALONE) if name != "keep_newest" else verify(tmp_path / "step_00000002", ALONE)
     assert latest(tmp_path) == tmp_path / "step_00000003"
 

@@ -90,7 +90,7 @@ def realistic_run(
         if step % max(1, steps // 8) == 0 or step == steps:
             records += [evaluation(step, source, curve(progress), time=time) for source, curve in curves.items()]
         if step and step % max(1, steps // 2) == 0:
-            records.append({"kind": "event", "event": "checkpoint", "time": time, "step": step})
+            records.append({"kind": "event", "event": "save", "time": time, "step": step})
     return write_run(directory, records)
 
 

@@ -9,7 +9,7 @@ from tests.report.fake_runs import TOKENS_PER_STEP, UNIGRAM_ENTROPY, evaluation,
 
 
 def test_reads_every_kind_of_record(tmp_path: Path) -> None:
-    checkpoint = {"kind": "event", "event": "checkpoint", "time": 1.7e9, "step": 2}
+    checkpoint = {"kind": "event", "event": "save", "time": 1.7e9, "step": 2}
     records = [start(), evaluation(0, "prose", 9.0), train(1, 8.0), train(2, 7.0), evaluation(2, "code", 6.5), checkpoint]
     run = read_run(write_run(tmp_path / "run", records, config={"run": "pretrain"}))
     assert run.name == "pretrain"

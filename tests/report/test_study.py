@@ -37,7 +37,7 @@ def fake(directory: Path, losses: Sequence[float], *, begin: float, step_seconds
             records.append(train(step, losses[(step - 1) // EVERY] + 0.1, time=time, step_seconds=step_seconds))
         if step % EVERY == 0:
             records.append(evaluation(step, "prose", losses[step // EVERY], time=time))
-    records.append({"kind": "event", "event": "checkpoint", "time": time + 0.5, "step": STEPS})
+    records.append({"kind": "event", "event": "save", "time": time + 0.5, "step": STEPS})
     return read_run(write_run(directory, records))
 
 

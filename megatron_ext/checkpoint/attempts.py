@@ -1,0 +1,51 @@
+"""What goes wrong on one rank goes wrong on all: failures travel as JSON to every rank before anyone raises."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ext.errors import CheckpointError, NonFiniteError, StorageError
+
+_ERRORS = {error.__name__: error for error in (CheckpointError, StorageError, NonFiniteError)}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How an action ended on one rank. All members are JSON values."""
+
+    result: Any
+    error: str | None
+    """Name of the class of errors that it ended by."""
+    message: str | None
+    errno: int | None
+    """Of an error of the operating system."""
+    seconds: float
+
+
+def attempt(action: Callable[[], Any]) -> Attempt:
+    """Run ``action`` and note its result, or how it failed."""
+    begin = time.perf_counter()
+    result, kind, message, number = None, None, None, None
+    try:
+        result = action()
+    except CheckpointError as error:
+        kind, message = type(error).__name__, f"cannot save the checkpoint: {error}"
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        kind = (StorageError if isinstance(error, OSError) else CheckpointError).__name__
+        message = f"cannot save the checkpoint: {type(error).__name__}: {error}"
+    return Attempt(result, kind, message, number, time.perf_counter() - begin)
+
+
+def failure(attempts: dict[str, Attempt]) -> CheckpointError | None:
+    """The error that all ranks raise for ``attempts`` by who made them; None if all were good.
+
+    If several failed by different errors it is a ``StorageError`` only if no other kind is among them, and not finite weights come first.
+    """
+    failed = {who: each for who, each in attempts.items() if each.error is not None}
+    if not failed:
+        return None
+    kinds = {each.error for each in failed.values()}
+    kind = next(name for name in ("NonFiniteError", "CheckpointError", "StorageError") if name in kinds)
+    return _ERRORS[kind]("; ".join(f"{who}: {each.message}" if who else str(each.message) for who, each in failed.items()))
