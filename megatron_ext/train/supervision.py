@@ -1,0 +1,137 @@
+"""What a supervisor concludes from what it sees: why a run failed, which hosts are lost, whether to start it again. No processes here."""
+
+import json
+import re
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+FINAL_ERRORS = ("ConfigError", "OptionError", "DataError")
+"""A run that ends with one of these, and code 2, would end so again."""
+USER_ERROR_CODE = 2
+_END = re.compile(r"rank ended: (\{.*?\})")
+_SILENT = re.compile(r"rank (\d+) on host (\S+) \(ranks .*?\) ((?:has not been heard|cannot be reached).*?)\. Rank \d+ on host")
+_ERROR = re.compile(r"^((?:\w+\.)*(\w+(?:Error|Exception)): .*)")
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """How a rank ended; ``host`` is the supervisor's name for its host, ``code`` the exit code or minus the number of a signal."""
+
+    rank: int
+    host: str
+    code: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run did not end in good order."""
+
+    host: str | None
+    rank: int | None
+    reason: str
+    struck: bool = False
+    """A rank was killed or fell silent, which may be the host's fault."""
+    final: bool = False
+    """It would fail so again."""
+
+    def __str__(self) -> str:
+        who = "" if self.rank is None else f"rank {self.rank}" + (f" on {self.host} " if self.host else " ")
+        return who + self.reason
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run that failed: the steps of the newest whole checkpoint before and after it."""
+
+    before: int
+    after: int
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When restarting ends.
+
+    Args:
+        restarts: within the last ``window`` steps of progress.
+        window: in optimizer steps, counted by checkpoints.
+        stuck: restarts in a row that brought no new checkpoint.
+        strikes: failures within ``window`` whose rank was killed or fell silent on one host, after which that host counts as lost.
+    """
+
+    restarts: int = 10
+    window: int = 1000
+    stuck: int = 3
+    strikes: int = 3
+
+
+def rank_end(line: str, host: str) -> RankEnd | None:
+    """What a line printed on ``host`` says of the end of a rank; None if nothing."""
+    found = _END.search(line)
+    if found is None:
+        return None
+    end = json.loads(found[1])
+    return RankEnd(end["rank"], host, end["code"])
+
+
+def blame(ends: Sequence[RankEnd], lines: Iterable[str], unreachable: Sequence[str], ranks_of: dict[str, int]) -> Failure:
+    """Who failed first, and why.
+
+    Args:
+        ends: of ranks, in the order in which they were seen, without those that the supervisor ended.
+        lines: the last that were printed.
+        unreachable: hosts that do not answer.
+        ranks_of: number of ranks of each host, in order.
+    """
+    lines = list(lines)
+    if unreachable:
+        return Failure(unreachable[0], None, f"{', '.join(unreachable)} cannot be reached")
+    killed = next((end for end in ends if end.code < 0 and end.code != -signal.SIGTERM), None)
+    if killed is not None:
+        return Failure(killed.host, killed.rank, f"was killed by {signal.Signals(-killed.code).name}", struck=True)
+    silent = next((found for found in map(_SILENT.search, lines) if found), None)
+    if silent is not None:
+        rank = int(silent[1])
+        return Failure(_host_of(rank, ranks_of), rank, silent[3], struck=True)
+    first = next((end for end in ends if end.code != 0), None)
+    error = next((found for found in map(_ERROR.match, lines) if found), None)
+    said = f": {error[1][:500]}" if error else ""
+    if first is None:
+        return Failure(None, None, f"the launcher ended without the end of any rank{said}")
+    ended = f"was ended by {signal.Signals(-first.code).name}" if first.code < 0 else f"ended with code {first.code}"
+    final = first.code == USER_ERROR_CODE and error is not None and error[2] in FINAL_ERRORS
+    return Failure(first.host, first.rank, ended + said, final=final)
+
+
+def _host_of(rank: int, ranks_of: dict[str, int]) -> str | None:
+    for host, count in ranks_of.items():
+        if rank < count:
+            return host
+        rank -= count
+    return None
+
+
+def verdict(attempts: Sequence[Attempt], limits: Limits) -> str | None:
+    """Why the run is not to be started again after the last of ``attempts``, all of which failed; None if it is."""
+    last = attempts[-1]
+    if last.failure.final:
+        return "it would fail so again"
+    idle = next((count for count, each in enumerate(reversed(attempts)) if each.after > each.before), len(attempts))
+    if idle > limits.stuck:
+        return f"{limits.stuck} restarts in a row brought no new checkpoint after that of step {last.after}"
+    recent = _recent(attempts, limits.window)
+    if len(recent) > limits.restarts:
+        return f"{limits.restarts} restarts within {limits.window} steps were not enough"
+    return None
+
+
+def lost_hosts(attempts: Sequence[Attempt], limits: Limits, hosts: Sequence[str]) -> list[str]:
+    """Those of ``hosts`` on which ranks died too often within the window. The last one that remains is never lost by this."""
+    struck = [each.failure.host for each in _recent(attempts, limits.window) if each.failure.struck]
+    lost = [host for host in hosts if struck.count(host) >= limits.strikes]
+    return lost if len(lost) < len(hosts) else [host for host in lost if host != min(lost, key=struck.count)]
+
+
+def _recent(attempts: Sequence[Attempt], window: int) -> list[Attempt]:
+    return [each for each in attempts if each.after > attempts[-1].after - window] if attempts else []

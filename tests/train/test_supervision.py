@@ -1,0 +1,78 @@
+"""What a supervisor concludes, without processes."""
+
+import torch
+
+from megatron_ext.parallel.heartbeat import Heartbeat
+from megatron_ext.parallel.world import World
+from megatron_ext.train.supervision import Attempt, Failure, Limits, RankEnd, blame, lost_hosts, rank_end, verdict
+
+RANKS = {"a": 2, "b": 2}
+KILLED = Failure("b", 3, "was killed by SIGKILL", struck=True)
+BROKEN = Failure("a", 0, "ended with code 1")
+RESET = "RuntimeError: Connection closed by peer"
+
+
+def heartbeat_line(rank: int, what: str) -> str:
+    """What the heartbeat of rank 0 says, in its own words."""
+    heartbeat = Heartbeat.__new__(Heartbeat)
+    heartbeat._world, heartbeat._hosts = World(0, 4, torch.device("cpu")), ["node-a", "node-a", "node-b", "node-b"]
+    return heartbeat._describe({"rank": rank, "what": what})
+
+
+def test_the_line_of_a_guard_is_read_and_others_are_not() -> None:
+    assert rank_end('noise rank ended: {"rank": 3, "host": "x", "code": -9}', "b") == RankEnd(3, "b", -9)
+    assert rank_end("rank 3 ended", "b") is None
+
+
+def test_a_killed_rank_is_blamed_and_not_those_that_fell_over_it() -> None:
+    ends = [RankEnd(1, "a", 1), RankEnd(3, "b", -9), RankEnd(0, "a", 1)]
+    assert blame(ends, [RESET], [], RANKS) == KILLED
+    assert blame(ends[:1], [RESET], [], RANKS) == Failure("a", 1, f"ended with code 1: {RESET}")
+
+
+def test_a_silent_rank_is_blamed_with_its_host_as_the_supervisor_calls_it() -> None:
+    for what in ("has not been heard for 6 s (train.heartbeat_timeout is 5 s)", "cannot be reached (DistNetworkError)"):
+        failure = blame([RankEnd(0, "a", 1), RankEnd(1, "a", 1)], ["noise", heartbeat_line(2, what)], [], RANKS)
+        assert failure == Failure("b", 2, what, struck=True)
+    raised = heartbeat_line(2, "failed with RuntimeError: x; its own traceback says more")
+    assert blame([RankEnd(2, "b", 1)], [raised], [], RANKS).rank == 2 and not blame([RankEnd(2, "b", 1)], [raised], [], RANKS).struck
+
+
+def test_a_host_that_does_not_answer_is_blamed_before_its_ranks() -> None:
+    assert blame([RankEnd(0, "a", 1)], [], ["b"], RANKS) == Failure("b", None, "b cannot be reached")
+
+
+def test_wrong_configuration_is_final_and_a_full_disk_is_not() -> None:
+    end = [RankEnd(0, "a", 2)]
+    assert blame(end, ["ConfigError: train.steps: -1"], [], RANKS).final
+    assert blame(end, ["DataError: x"], [], RANKS).final
+    assert not blame(end, ["CheckpointError: cannot save the checkpoint: No space left on device"], [], RANKS).final
+    assert not blame([RankEnd(0, "a", 1)], ["ConfigError: of a library"], [], RANKS).final
+    assert verdict([Attempt(0, 0, Failure("a", 0, "", final=True))], Limits()) == "it would fail so again"
+
+
+def test_a_run_without_progress_stops_sooner_than_one_with_it() -> None:
+    limits = Limits(restarts=10, window=1000, stuck=2)
+    idle = [Attempt(0, 5, BROKEN)] + [Attempt(5, 5, BROKEN)] * 2
+    assert verdict(idle, limits) is None
+    assert "2 restarts in a row" in (verdict([*idle, Attempt(5, 5, BROKEN)], limits) or "")
+    moving = [Attempt(5 * n, 5 * n + 5, BROKEN) for n in range(10)]
+    assert verdict(moving, limits) is None
+    assert "10 restarts within 1000 steps" in (verdict([*moving, Attempt(50, 55, BROKEN)], limits) or "")
+    far = [Attempt(500 * n, 500 * n + 500, BROKEN) for n in range(50)]
+    assert verdict(far, limits) is None, "old failures are forgotten as the run goes on"
+
+
+def test_no_restart_at_all_can_be_asked_for() -> None:
+    assert verdict([Attempt(0, 5, BROKEN)], Limits(restarts=0)) is not None
+    assert verdict([Attempt(0, 0, BROKEN)], Limits(stuck=0)) is not None
+
+
+def test_a_host_whose_ranks_die_again_and_again_is_lost_but_never_the_last() -> None:
+    limits = Limits(window=100, strikes=3)
+    attempts = [Attempt(n, n + 1, KILLED) for n in range(3)]
+    assert lost_hosts(attempts[:2], limits, ["a", "b"]) == []
+    assert lost_hosts(attempts, limits, ["a", "b"]) == ["b"]
+    assert lost_hosts(attempts, limits, ["b"]) == []
+    assert lost_hosts([Attempt(n, n + 1, BROKEN) for n in range(9)], limits, ["a", "b"]) == [], "a defect is not the host's fault"
+    assert lost_hosts([*attempts, Attempt(3, 200, BROKEN)], limits, ["a", "b"]) == [], "long ago"
