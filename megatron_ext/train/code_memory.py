@@ -1,12 +1,12 @@
 """Bytes of the codes that low precision keeps, and of what they are kept instead of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.model.precision import linear_recipes
 from megatron_ext.precision.options import PrecisionOptions
-from megatron_ext.precision.recipe import Operand, Recipe
+from megatron_ext.precision.recipe import LinearRecipe, Operand, Recipe
 
 BYTES = {
     "fp8_tensorwise": 1,
@@ -42,17 +42,23 @@ def weight_codes(options: PrecisionOptions, model: ModelConfig, held: GPT) -> in
     return int(total)
 
 
-def stashed(options: PrecisionOptions, model: ModelConfig, layer: int, sizes: Mapping[str, int], itemsize: int) -> int:
-    """By how many bytes the activations of a block change where linears keep codes of their inputs.
+def stashed(options: PrecisionOptions, model: ModelConfig, layers: Sequence[int], sizes: Mapping[str, int], itemsize: int) -> int:
+    """By how many bytes the activations of blocks change where linears keep codes of their inputs.
 
     Args:
         options: of low precision.
         model: shape of the whole model.
-        layer: number of the block.
-        sizes: values of an input of q, k, v, gate and up (``hidden``), of o (``queries``) and of down (``channels``).
+        layers: numbers of the blocks.
+        sizes: values of an input of q, k, v, gate and up (``hidden``), of o (``queries``) and of down (``channels``) of one block.
         itemsize: bytes of a value that is not quantized.
     """
+    if not options.stash:
+        return 0
     recipes = linear_recipes(model, Recipe(options))
+    return sum(_stashed_by_block(recipes, f"model.layers.{layer}", sizes, itemsize) for layer in layers)
+
+
+def _stashed_by_block(recipes: Mapping[str, LinearRecipe | None], block: str, sizes: Mapping[str, int], itemsize: int) -> int:
     change = 0.0
     for linears, size, other_reader in (
         (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), sizes["hidden"], False),
@@ -60,10 +66,10 @@ def stashed(options: PrecisionOptions, model: ModelConfig, layer: int, sizes: Ma
         (("mlp.gate_proj", "mlp.up_proj"), sizes["hidden"], False),
         (("mlp.down_proj",), sizes["channels"], False),
     ):
-        found = [recipes[f"model.layers.{layer}.{linear}.weight"] for linear in linears]
+        found = [recipes[f"{block}.{linear}.weight"] for linear in linears]
         operands = {recipe.weight_gradient.b for recipe in found if recipe is not None and recipe.weight_gradient is not None}
         kept_as_codes = [recipe is not None and recipe.weight_gradient is not None for recipe in found]
-        if not options.stash or not any(kept_as_codes):
+        if not any(kept_as_codes):
             continue
         change += size * sum(code_bytes(operand) for operand in operands)
         change -= 0 if other_reader or not all(kept_as_codes) else size * itemsize

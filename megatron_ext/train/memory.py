@@ -163,7 +163,7 @@ def _activations(
     if what == "none":
         channels, queries = model.intermediate_size // shape.tp, model.num_heads // shape.tp * model.head_dim
         codes = {"hidden": tokens * model.hidden_size, "queries": tokens * queries, "channels": tokens * channels}
-        kept += sum(stashed(config.precision, model, layer, codes, size) for layer in part.layers)
+        kept += stashed(config.precision, model, part.layers, codes, size)
     again = {"full": everything, "selective": everything - products, "none": 0}[what]
     # The next input comes back from the host meanwhile. A tile keeps what a gate keeps.
     again += stream * options.offload_activations + 4 * min(tile or 0, tokens) * model.intermediate_size // shape.tp * size
