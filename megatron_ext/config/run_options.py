@@ -7,6 +7,9 @@ from typing import Literal
 
 from megatron_ext.option_rules import require
 
+MOST_HANG_SECONDS = 1200.0
+"""Below the 30 minutes after which a collective gives up."""
+
 
 @dataclass
 class TrainOptions:
@@ -31,6 +34,9 @@ class TrainOptions:
     """Compare the parameters of ranks that must hold the same every this many steps, and stop if they differ; null: never."""
     heartbeat_timeout: float = 60.0
     """Seconds without a sign of life from a rank after which all others end and name it."""
+    hang_timeout: float | None = 300.0
+    """Seconds in which no rank gets on while ranks wait for others, after which all end and name those that are waited for, with their
+    stacks; four times as long until the first step has ended, and at least ten median steps. null: never."""
     threads_per_rank: int | None = None
     """CPU threads of a rank; null: the cores of the machine divided by its ranks."""
 
@@ -49,6 +55,12 @@ class TrainOptions:
             ),
             (self.mlp_tile_tokens is None or self.mlp_tile_tokens >= 1, "mlp_tile_tokens", self.mlp_tile_tokens, "at least 1, or null"),
             (self.loss_tile_tokens is None or self.loss_tile_tokens >= 1, "loss_tile_tokens", self.loss_tile_tokens, "at least 1, or null"),
+            (
+                self.hang_timeout is None or 1 <= self.hang_timeout <= MOST_HANG_SECONDS,
+                "hang_timeout",
+                self.hang_timeout,
+                f"seconds, from 1 to {MOST_HANG_SECONDS:.0f}, or null",
+            ),
             (self.heartbeat_timeout >= 1, "heartbeat_timeout", self.heartbeat_timeout, "seconds, at least 1"),
             (
                 self.check_replicas_every is None or self.check_replicas_every >= 1,
@@ -121,6 +133,23 @@ def _ascends(numbers: Sequence[float]) -> bool:
 
 
 @dataclass
+class ProfileOptions:
+    """Which steps of which ranks torch.profiler traces."""
+
+    steps: list[int]
+    """First and last step."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that write a trace."""
+
+    def __post_init__(self) -> None:
+        ordered = len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]
+        require(
+            (ordered, "steps", self.steps, "a list of the first and the last step, from 1 up"),
+            (bool(self.ranks) and _ascends([-1, *self.ranks]), "ranks", self.ranks, "numbers of ranks, from 0 up, ascending"),
+        )
+
+
+@dataclass
 class LoggingOptions:
     """What a run prints and writes."""
 
@@ -131,10 +160,18 @@ class LoggingOptions:
     stream and its gradient by depth. Such a step takes up to half as long again. null: never."""
     tensorboard: bool = True
     """Write TensorBoard events through DeepSpeed's monitor."""
+    straggler_ratio: float = 1.5
+    """Seconds of own work over the median of the ranks of a stage from which on a rank is slow."""
+    straggler_steps: int = 20
+    """After so many slow steps in a row a rank is told about, by a `straggler` event."""
+    profile: ProfileOptions | None = None
+    """Steps to write traces of; null: none."""
 
     def __post_init__(self) -> None:
         require(
             (self.every >= 1, "every", self.every, "a number of steps, at least 1"),
+            (self.straggler_ratio > 1, "straggler_ratio", self.straggler_ratio, "more than 1"),
+            (self.straggler_steps >= 1, "straggler_steps", self.straggler_steps, "a number of steps, at least 1"),
             (
                 self.probes_every is None or self.probes_every >= 1,
                 "probes_every",

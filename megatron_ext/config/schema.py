@@ -95,6 +95,12 @@ class RunConfig(BaseModel):
                 sharding,
                 "another with distillation, which reads the output matrix that zero3 divides",
             ),
+            (
+                self.logging.profile is None or self.logging.profile.steps[1] <= steps,
+                "logging.profile.steps",
+                self.logging.profile and self.logging.profile.steps,
+                f"steps of the run, which has {steps}",
+            ),
             (has_vocabulary, "tokenizer", self.tokenizer, "a directory; null with model.init_from or model.vocab_size"),
         )
         return self

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 
 from megatron_ext.optim.main_gradients import MainGradients
 from megatron_ext.optim.ownership import OwnedBox, local
+from megatron_ext.parallel.activity import Pending
 from megatron_ext.parallel.group import Group
 from megatron_ext.parallel.placement import Placement
 
@@ -42,7 +42,7 @@ class GradientReduction:
         self.gradients = MainGradients(parameters, self._on_final if overlap and group.size > 1 else None)
         self._parts = Counter(part.name for bucket in self._buckets for part in bucket)
         self._final: set[str] = set()
-        self._left: list[tuple[list[OwnedBox], torch.Tensor, dist.Work | None]] = []
+        self._left: list[tuple[list[OwnedBox], torch.Tensor, Pending | None]] = []
         self._held = Counter(self._parts)
 
     def begin(self, backwards: int) -> None:

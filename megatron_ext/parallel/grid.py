@@ -152,5 +152,6 @@ class Grid:
         if division not in self._divisions:
             anyone_has_others = len(set(keys)) < self.world.size
             handle = dist.new_group(list(ranks), use_local_synchronization=True) if anyone_has_others else None
-            self._divisions[division] = Group(axis, ranks, ranks.index(self.world.rank), handle, self.traffic)
+            place = ranks.index(self.world.rank)
+            self._divisions[division] = Group(axis, ranks, place, handle, self.traffic, self.world.activity)
         return self._divisions[division]

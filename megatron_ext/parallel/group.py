@@ -3,10 +3,13 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_ext.parallel.activity import Activity, Collective, Pending
 
 PACK_AXES = ("block", "ring")
 """Groups of ranks that share packs."""
@@ -44,6 +47,8 @@ class Group:
     handle: dist.ProcessGroup | None
     """None in a group of one."""
     traffic: Traffic
+    activity: Activity = field(default_factory=Activity, compare=False, repr=False)
+    """Of this rank; it is told of every wait."""
 
     @property
     def size(self) -> int:
@@ -54,7 +59,8 @@ class Group:
         """Reduce in place over all ranks, equal bits on each; returns ``tensor``. Sends 2 B (n - 1) / n."""
         if self.size > 1 and tensor.numel():
             self._count("all_reduce", 2 * (self.size - 1) * tensor.nbytes // self.size)
-            dist.all_reduce(tensor, op, group=self.handle)
+            with self._waiting("all_reduce"):
+                dist.all_reduce(tensor, op, group=self.handle)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -65,7 +71,8 @@ class Group:
         if not whole.numel():
             return whole
         self._count("all_gather", (self.size - 1) * tensor.nbytes)
-        _all_gather(whole, tensor.contiguous(), group=self.handle)
+        with self._waiting("all_gather"):
+            _all_gather(whole, tensor.contiguous(), group=self.handle)
         return whole
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
@@ -76,7 +83,8 @@ class Group:
         if not part.numel():
             return part
         self._count("reduce_scatter", (self.size - 1) * tensor.nbytes // self.size)
-        _reduce_scatter(part, tensor.contiguous(), group=self.handle)
+        with self._waiting("reduce_scatter"):
+            _reduce_scatter(part, tensor.contiguous(), group=self.handle)
         return part
 
     def all_to_all(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
@@ -89,36 +97,39 @@ class Group:
         received = tensor.new_empty(sum(receive))
         self._count("all_to_all", (sum(send) - send[self.rank]) * tensor.element_size())
         begin = time.perf_counter()
-        dist.all_to_all_single(received, tensor.contiguous(), list(receive), list(send), group=self.handle)
+        with self._waiting("all_to_all"):
+            dist.all_to_all_single(received, tensor.contiguous(), list(receive), list(send), group=self.handle)
         if self.axis in PACK_AXES and tensor.device.type == "cpu":
             self.traffic.exchange_seconds += time.perf_counter() - begin
         return received
 
-    def start_reduce(self, tensor: Tensor, owner: int) -> dist.Work | None:
+    def start_reduce(self, tensor: Tensor, owner: int) -> Pending | None:
         """Begin to sum ``tensor`` in place into rank ``owner`` of the group; ``wait`` ends it. Sends B (n - 1) / n in the mean."""
         if self.size == 1:
             return None
         self._count("reduce", (self.size - 1) * tensor.nbytes // self.size)
-        return dist.reduce(tensor, dst=self.ranks[owner], group=self.handle, async_op=True)
+        return self._pending("reduce", dist.reduce(tensor, dst=self.ranks[owner], group=self.handle, async_op=True))
 
-    def start_broadcast(self, tensor: Tensor, owner: int) -> dist.Work | None:
+    def start_broadcast(self, tensor: Tensor, owner: int) -> Pending | None:
         """Begin to copy ``tensor`` of rank ``owner`` of the group into that of every rank. Sends B (n - 1) / n in the mean."""
         if self.size == 1:
             return None
         self._count("broadcast", (self.size - 1) * tensor.nbytes // self.size)
-        return dist.broadcast(tensor, src=self.ranks[owner], group=self.handle, async_op=True)
+        return self._pending("broadcast", dist.broadcast(tensor, src=self.ranks[owner], group=self.handle, async_op=True))
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Send to rank ``to`` of the group, which receives. Sends B."""
         self._count("send", tensor.nbytes)
-        dist.send(tensor.contiguous(), self.ranks[to], group=self.handle)
+        with self.activity.waiting(self.activity.collective("send", self.axis, [self.ranks[to]])):
+            dist.send(tensor.contiguous(), self.ranks[to], group=self.handle)
 
     def receive(self, tensor: Tensor, source: int) -> Tensor:
         """Fill ``tensor`` with what rank ``source`` of the group sends; returns it."""
-        dist.recv(tensor, self.ranks[source], group=self.handle)
+        with self.activity.waiting(self.activity.collective("receive", self.axis, [self.ranks[source]])):
+            dist.recv(tensor, self.ranks[source], group=self.handle)
         return tensor
 
-    def start_rotate(self, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[dist.Work]]:
+    def start_rotate(self, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Pending]]:
         """Begin to send ``tensor`` to the next rank and to receive the previous rank's, of ``shape`` and equal dtype. Sends B.
 
         Returns what will have been received once every work's ``wait`` has ended; ``tensor`` must not change before.
@@ -130,7 +141,17 @@ class Group:
         # In one batch, or nccl waits for a receive that is not yet posted. Without elements too: the first batch needs all ranks.
         following, previous = self.ranks[(self.rank + 1) % self.size], self.ranks[(self.rank - 1) % self.size]
         sending = dist.P2POp(dist.isend, tensor.contiguous(), following, self.handle)
-        return received, dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, previous, self.handle)])
+        works = dist.batch_isend_irecv([sending, dist.P2POp(dist.irecv, received, previous, self.handle)])
+        return received, [self._pending("rotate", work) for work in works]
+
+    def _waiting(self, collective: str) -> AbstractContextManager[None]:
+        return self.activity.waiting(self._next(collective))
+
+    def _pending(self, collective: str, work: dist.Work) -> Pending:
+        return Pending(work, self._next(collective), self.activity)
+
+    def _next(self, collective: str) -> Collective:
+        return self.activity.collective(collective, self.axis, self.ranks)
 
     def _count(self, collective: str, sent: int) -> None:
         self.traffic.sent[self.axis, collective] += sent

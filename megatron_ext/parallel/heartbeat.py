@@ -1,28 +1,38 @@
-"""Every rank says that it lives; when one dies or fails, all others end and say which it was.
+"""Every rank says that it lives and what it does; when one dies, fails or hangs, all others end and say which it was.
 
 Without it the others would wait in a collective until its timeout, and then blame the collective.
 """
 
 import json
+import logging
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ext.parallel.activity import Collective
+from megatron_ext.parallel.hang import HangWatch, Report
 from megatron_ext.parallel.world import World
 
 VERDICT = "verdict"
 GRACE_SECONDS = 1.0
 """How long the others wait before they speak, so that the failing rank's own traceback comes first."""
+STACK_LINES = 24
+"""The last of a stack that are printed; the rank's log has all."""
 
 
 class Heartbeat:
     """A thread on each rank that beats into a store on rank 0 and looks for a verdict there; rank 0 also looks at all beats.
+
+    A beat says what the thread that made this object does, as the world's activity knows it. Where no rank gets on any more, the ranks that
+    the others wait for are named, with their stacks.
 
     A rank that has not been heard for ``timeout`` seconds, or a store that does not answer for so long, ends the process of every rank that
     is left with exit code 1: nothing gentler reaches a thread that waits in a collective. With one rank nothing is started.
@@ -30,32 +40,37 @@ class Heartbeat:
     Args:
         world: all ranks; all make one.
         timeout: seconds of silence after which a rank counts as dead.
+        hangs: judges what ranks say, on rank 0; None: nobody does.
+        tell: called on one rank with the name of what ended the run (``silence``, ``hang``) and what is known about it.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
-        self._world, self._timeout = world, timeout
-        self._interval = min(1.0, timeout / 5)
+    def __init__(
+        self, world: World, timeout: float, hangs: HangWatch | None = None, tell: Callable[[str, dict[str, Any]], None] | None = None
+    ) -> None:
+        self._world, self._timeout, self._hangs, self._tell = world, timeout, hangs, tell
+        self._interval = min(1.0, timeout / 5, hangs.limit / 20 if hangs else timeout)
+        self._trains = threading.get_ident()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
         if world.size == 1:
             return
         self._hosts: list[str] = world.gather(socket.gethostname())
         self._store = self._connect()
-        self._store.set(_beat_key(world.rank), "0")
+        self._store.set(_beat_key(world.rank), self._beat(0))
         world.barrier()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> bool:
         """Tell all ranks that this one raised, or, if another had done so before, say which: its end is what this rank fell over.
 
-        The caller then raises the error, and prints it where it always would.
+        The caller then raises the error, and prints it where it always would. Returns whether this rank was the first.
         """
         if self._thread is None:
-            return
+            return True
         self._ending.set()
         first_line = (str(error).splitlines() or [""])[0][:500]
-        what = f"failed with {type(error).__name__}: {first_line}; its own traceback says more"
+        what = f"failed with {type(error).__name__}: {first_line}; its own traceback says more ({self._world.activity.now})"
         try:
             first = self._store.compare_set(VERDICT, "", json.dumps({"rank": self._world.rank, "what": what}))
         except Exception as unreachable:
@@ -63,6 +78,7 @@ class Heartbeat:
         verdict = json.loads(first)
         if verdict["rank"] != self._world.rank:
             print(self._describe(verdict), file=sys.stderr, flush=True)
+        return verdict["rank"] == self._world.rank
 
     def close(self) -> None:
         """End in good order. All ranks call it."""
@@ -83,39 +99,68 @@ class Heartbeat:
 
     def _run(self) -> None:
         beats = 0
-        heard = dict.fromkeys(range(self._world.size), ("0", time.monotonic()))
+        heard = dict.fromkeys(range(self._world.size), ("", time.monotonic()))
         while not self._ending.wait(self._interval):
             beats += 1
             try:
-                self._store.set(_beat_key(self._world.rank), str(beats))
+                self._store.set(_beat_key(self._world.rank), self._beat(beats))
                 if self._world.is_main:
                     self._listen(heard)
                 verdict = json.loads(self._store.get(VERDICT)) if self._store.check([VERDICT]) else None
             except Exception as error:
-                verdict = {"rank": 0, "what": f"cannot be reached ({type(error).__name__})"}
+                verdict = {"rank": 0, "ranks": [0], "event": "silence", "what": f"cannot be reached ({type(error).__name__})"}
             if verdict is not None and not self._ending.is_set():
                 self._end(verdict)
 
+    def _beat(self, number: int) -> str:
+        """A beat of this rank: no two are alike."""
+        report = Report.of(self._world.activity)
+        if report.moment.phase and report.moment.collective is None and (name := _torch_collective(self._trains)):
+            report = Report(report.moves, report.moment._replace(collective=Collective(name, "torch.distributed", (), 0)))
+        return f"{number} {report.encode()}"
+
     def _listen(self, heard: dict[int, tuple[str, float]]) -> None:
-        """Note who has beaten since the last time, and judge who has been silent too long."""
+        """Note who has beaten since the last time, and judge who has been silent too long or holds the others up."""
         now = time.monotonic()
         values = self._store.multi_get([_beat_key(rank) for rank in heard])
         for rank, value in enumerate(values):
             if value.decode() != heard[rank][0]:
                 heard[rank] = (value.decode(), now)
+        reports = {rank: Report.decode(beat.split(" ", 1)[1]) for rank, (beat, _) in heard.items()}
         silent = max(heard, key=lambda rank: now - heard[rank][1])
         seconds = now - heard[silent][1]
-        if seconds > self._timeout and not self._store.check([VERDICT]):
-            what = f"has not been heard for {seconds:.0f} s (train.heartbeat_timeout is {self._timeout:.0f} s)"
-            self._store.set(VERDICT, json.dumps({"rank": silent, "what": what}))
+        if seconds > self._timeout:
+            what = f"has not been heard for {seconds:.0f} s (train.heartbeat_timeout is {self._timeout:.0f} s): {reports[silent].moment}"
+            self._judge({"rank": silent, "ranks": [silent], "event": "silence", "what": what})
+        elif self._hangs is not None:
+            quiet = [rank for rank, (_, when) in heard.items() if now - when > max(2.0, 5 * self._interval)]
+            if hang := self._hangs.judge(reports, now, quiet):
+                what = f"{hang.what} (train.hang_timeout; the limit is {self._hangs.limit:.0f} s)"
+                self._judge({"rank": hang.ranks[0], "ranks": hang.ranks, "event": "hang", "what": what})
+
+    def _judge(self, verdict: dict[str, Any]) -> None:
+        if not self._store.check([VERDICT]):
+            self._store.set(VERDICT, json.dumps(verdict))
 
     def _end(self, verdict: dict[str, Any]) -> None:
+        if "ranks" in verdict:
+            self._show_stack(verdict)
         if self._ending.wait(GRACE_SECONDS):
             return
+        if self._tell is not None and "event" in verdict and self._world.rank == int(verdict["rank"] == 0):
+            self._tell(verdict["event"], {key: verdict[key] for key in ("rank", "ranks", "what")} | {"host": self._hosts[verdict["rank"]]})
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(self._describe(verdict), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
+
+    def _show_stack(self, verdict: dict[str, Any]) -> None:
+        """Log where this rank stands; print it too if the others wait for this rank."""
+        stack = "".join(traceback.format_stack(sys._current_frames()[self._trains]))
+        logging.getLogger(__name__).error(self._describe(verdict), extra={"details": {"stack": stack.splitlines()}})
+        if self._world.rank in verdict["ranks"]:
+            last = "\n".join(stack.splitlines()[-STACK_LINES:])
+            print(f"rank {self._world.rank} stands here ({self._world.activity.now}):\n{last}", file=sys.stderr, flush=True)
 
     def _describe(self, verdict: dict[str, Any]) -> str:
         rank, me = verdict["rank"], self._world.rank
@@ -128,3 +173,13 @@ class Heartbeat:
 
 def _beat_key(rank: int) -> str:
     return f"beat/{rank}"
+
+
+def _torch_collective(thread: int) -> str:
+    """The function of torch.distributed that a thread of this process is in, empty if it is in none: of collectives that others began."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py"):
+            return frame.f_code.co_name
+        frame = frame.f_back
+    return ""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.kernels.chunk_attention import chunk_attention, chunk_attention_backward, select_backend
+from megatron_ext.parallel.activity import Pending
 from megatron_ext.parallel.group import Group
 
 Chunks = Sequence[Sequence[int]]
@@ -118,7 +118,7 @@ class _RingAttention(torch.autograd.Function):
         return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None
 
 
-_Arriving = tuple[Tensor, list[dist.Work]]
+_Arriving = tuple[Tensor, list[Pending]]
 """What a rotation receives, once all its works are done."""
 
 

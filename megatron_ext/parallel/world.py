@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.parallel.activity import Activity
 from megatron_ext.parallel.device import activate, collective_backend, local_device
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    activity: Activity = field(default_factory=Activity, compare=False, repr=False)
+    """Of this rank; it is told of every wait."""
 
     @property
     def is_main(self) -> bool:
@@ -37,7 +43,8 @@ class World:
         """Sum of a small tensor over all ranks, on the CPU in float64."""
         values = values.to(self.device, torch.float64)
         if self.size > 1:
-            dist.all_reduce(values)
+            with self._waiting("sum"):
+                dist.all_reduce(values)
         return values.cpu()
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
@@ -45,7 +52,8 @@ class World:
         values = values.to(self.device, torch.float64)
         if self.size > 1:
             values = values.clone()
-            dist.all_reduce(values, dist.ReduceOp.MAX)
+            with self._waiting("max"):
+                dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.cpu()
 
     def any(self, flag: bool) -> bool:
@@ -58,11 +66,13 @@ class World:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
+        with self._waiting("gather"):
+            dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
         longest = max(int(size) for size in sizes)
         padded = torch.nn.functional.pad(text, (0, longest - len(text)))
         texts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(texts, padded)
+        with self._waiting("gather"):
+            dist.all_gather(texts, padded)
         return [json.loads(bytes(t[: int(size)].cpu().numpy())) for t, size in zip(texts, sizes, strict=True)]
 
     def from_main(self, numbers: list[int] | None, usual: int) -> list[int]:
@@ -83,8 +93,12 @@ class World:
 
     def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.device)
-        dist.broadcast(tensor, src=0)
+        with self._waiting("broadcast"):
+            dist.broadcast(tensor, src=0)
         return tensor.cpu()
+
+    def _waiting(self, collective: str) -> AbstractContextManager[None]:
+        return self.activity.waiting(self.activity.collective(collective, "world", range(self.size)))
 
     def on_main(self, value: Any) -> Any:
         """The JSON value that rank 0 passed, on every rank."""
@@ -107,7 +121,7 @@ def launched_ranks() -> tuple[int, int]:
     return int(rank), int(size)
 
 
-def join_world(threads_per_rank: int | None = None, timeout: timedelta = timedelta(minutes=30)) -> World:
+def join_world(threads_per_rank: int | None = None, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Start torch.distributed as the launcher's environment says, or for this process alone.
 
     Args:

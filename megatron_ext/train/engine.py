@@ -34,6 +34,8 @@ class StepResult:
     """Matrices that all ranks together orthogonalized; what several ranks hold alike counts for each of them."""
     exchange_seconds: float
     """Mean over the ranks of the time in exchanges of shared packs; see ``Traffic``."""
+    work_seconds: list[float]
+    """Of each rank, in reading and computing its packs, without waiting for others; see ``Activity``."""
 
     @property
     def loss(self) -> float:
@@ -125,15 +127,19 @@ class Engine:
         self._passes.train(packs, float(loss_weight) or 1.0, losses)
         exchange_seconds = self.grid.traffic.exchange_seconds - before
         mine = torch.tensor([self.optimizer.orthogonalizations, exchange_seconds], dtype=torch.float64)
-        sums, beside = losses.over(self.grid, torch.cat([flags, mine]))
-        *_, orthogonalizations, exchange_seconds = beside.tolist()
+        work = torch.zeros(self.grid.shape.size, dtype=torch.float64)
+        work[self.grid.world.rank] = self.grid.world.activity.work_seconds()
+        self.grid.world.activity.begin("exchange")
+        sums, beside = losses.over(self.grid, torch.cat([work, flags, mine]))
+        *work_seconds, orthogonalizations, exchange_seconds = torch.cat([beside[: len(work)], beside[-2:]]).tolist()
         return StepResult(
             *sums,
             self.optimizer.grad_norm,
             self.optimizer.overflow,
-            beside[: len(flags)],
+            beside[len(work) : -2],
             int(orthogonalizations),
             exchange_seconds / self.grid.shape.size,
+            work_seconds,
         )
 
     @property

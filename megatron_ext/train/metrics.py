@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a line for every step and evaluation of a run; events.jsonl for what happens to it. Rank 0 writes them."""
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -30,7 +31,9 @@ class MetricsWriter:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record and flush it; one of kind ``event`` to events.jsonl."""
+        """Append one record and flush it; one of kind ``event`` to events.jsonl, and on all ranks to their logs."""
+        if kind == "event":
+            logging.getLogger(__name__).info("event %s", values["event"], extra={"details": values})
         if self._file is not None and kind == "event":
             append_event(self._run_dir, **values)
         elif self._file is not None:

@@ -46,22 +46,25 @@ class WholePasses:
         """See ``Passes``."""
         begin = time.perf_counter()
         self._engine.train()
-        for pack in packs:
+        activity = self._grid.world.activity
+        for pack in activity.packs(packs):
             batch = pack.to(self._device)
             sharing = sharing_of(batch, self._grid)
             if self._distillation is not None and self._distillation.active:
                 self._distillation.begin_pack(batch, sharing)
             loss_sum, token_loss = self._engine(*batch.model_inputs, sharing)
+            activity.backward()
             self._engine.backward(loss_sum / denominator, scale_wrt_gas=False)
             losses.add(token_loss, batch.loss_weight, batch.sources)
         self.pack_seconds = time.perf_counter() - begin
+        activity.begin("optimizer")
         self._engine.step()
 
     @torch.no_grad()
     def evaluate(self, packs: Packs, losses: LossSums) -> None:
         """See ``Passes``."""
         self._engine.eval()
-        for pack in packs:
+        for pack in self._grid.world.activity.packs(packs, "evaluate"):
             batch = pack.to(self._device)
             losses.add(self._engine(*batch.model_inputs, sharing_of(batch, self._grid))[1], batch.loss_weight, batch.sources)
 

@@ -7,16 +7,19 @@ Read from deepspeed 0.19.8, and relied upon:
   nothing else from the stage before. A pack without tokens passes through; a step without packs does not.
 - ``pipeline_enable_backward_allreduce`` off and no tied layers: all gradients, those of tied embeddings too, are the optimizer's.
 - Its activation checkpointing stays off: the blocks have their own.
+- A schedule is a list of instructions, each carried out by the method that ``_INSTRUCTION_MAP`` has for it: there the phase is known.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
@@ -29,6 +32,16 @@ from megatron_ext.train.deepspeed_setup import join_deepspeed, silenced
 from megatron_ext.train.distillation import Distillation
 from megatron_ext.train.losses import LossSums
 from megatron_ext.train.packs import Packs, sharing_of
+
+PHASES = MappingProxyType(
+    {
+        schedule.LoadMicroBatch: "data",
+        schedule.ForwardPass: "forward",
+        schedule.BackwardPass: "backward",
+        schedule.OptimizerStep: "optimizer",
+    }
+)
+"""Of the instructions of a schedule; in the others stages exchange what they have computed."""
 
 
 class PackFeed:
@@ -133,7 +146,18 @@ class PipelinePasses:
             self._engine, *_ = deepspeed.initialize(model=pipeline, optimizer=optimizer, config=deepspeed_config, dist_init_required=False)
         self._engine.pipeline_enable_backward_allreduce = False
         self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._device = grid.world.device
+        self._device, self._activity = grid.world.device, grid.world.activity
+        self._engine._INSTRUCTION_MAP = {kind: self._telling(kind, run) for kind, run in self._engine._INSTRUCTION_MAP.items()}
+
+    def _telling(self, kind: type[schedule.PipeInstruction], run: Callable[..., None]) -> Callable[..., None]:
+        """``run``, which says what begins."""
+        phase = PHASES.get(kind, "exchange")
+
+        def telling(*arguments: Any, **named: Any) -> None:
+            self._activity.begin(phase)
+            run(*arguments, **named)
+
+        return telling
 
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """See ``Passes``."""
@@ -143,6 +167,7 @@ class PipelinePasses:
         self._engine.micro_batches = len(packs)
         self._engine.train_batch(feed)
         self.pack_seconds = time.perf_counter() - begin
+        self._activity.begin("optimizer")
 
     def evaluate(self, packs: Packs, losses: LossSums) -> None:
         """See ``Passes``."""

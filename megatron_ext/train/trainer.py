@@ -41,10 +41,12 @@ from megatron_ext.train.objective import check_same_objective, objective_state
 from megatron_ext.train.packs import PlannedPacks
 from megatron_ext.train.precision import switch_target
 from megatron_ext.train.probes import Reading, build_probes
+from megatron_ext.train.profile import StepProfile
 from megatron_ext.train.run_lock import RunLock
 from megatron_ext.train.saving import Saving
 from megatron_ext.train.step_plans import StepPlan, StepPlanner
 from megatron_ext.train.stopping import StopRequest
+from megatron_ext.train.stragglers import StragglerWatch
 from megatron_ext.train.teacher import build_distillation
 
 CHECKPOINTS = "checkpoints"
@@ -90,6 +92,8 @@ class Trainer:
         self.data_watch = DataWatch(setup.mixture, self.config.data.repeats_warned_at)
         self.planner = self._build_planner()
         self.needles = self._build_needles()
+        self.stragglers = StragglerWatch(grid, self.config.logging)
+        self.profile = StepProfile(self.config.logging.profile, self.run_dir, self.world)
         self.console = Console(self.world.is_main, self.total_steps)
         self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
         checkpoints = CheckpointWriter(
@@ -127,6 +131,7 @@ class Trainer:
             self._train()
         finally:
             self.planner.close()
+        self.world.activity.end()
         self.metrics.close()
         self.engine.close()
 
@@ -161,7 +166,11 @@ class Trainer:
     def _train_step(self) -> bool:
         """One optimizer step; returns whether a rank was asked to stop."""
         begin = time.perf_counter()
+        activity = self.world.activity
+        activity.begin("data", step=self.step + 1)
+        self.profile.begin_step(self.step + 1)
         pieces = self.setup.mixture.take(self.config.data.tokens_per_step)
+        activity.begin("plan")
         step_plan = self.planner.next_step(pieces, self.setup.mixture.corpora)
         self.step += 1
         factor = learning_rate_factor(self.config.schedule, self.step, self.total_steps)
@@ -174,6 +183,7 @@ class Trainer:
         packs, loss_weight = self._weighted(packs)
         with self._watched() as reading:
             result = self.engine.step(packs, loss_weight, asked)
+        activity.begin("record")
         self.precision.end_step()
         if self._due(self.config.train.check_replicas_every):
             self.optimizer.check_replicas()
@@ -182,13 +192,19 @@ class Trainer:
         if self.config.planning.correct:
             self.correction.add(step_plan.plan, self.grid.dp.rank, self.planner.cost, self.engine.pack_seconds)
         self._check_rules(result)
-        self._record(pieces, step_plan, result, factor, time.perf_counter() - begin)
+        slow, stragglers = self.stragglers.look(result.work_seconds)
+        self._record(pieces, step_plan, result, factor, time.perf_counter() - begin, slow)
+        for straggler in stragglers:
+            self._tell(DataEvent("straggler", asdict(straggler), straggler.message))
         for event in self.data_watch.look():
             self._tell(event)
         if reading is not None:
             self.metrics.write("probe", step=self.step, tokens=self.tokens, **reading.record)
             self.monitors.write([(name, value, self.step) for name, value in reading.events()])
-        return bool(result.flags[0] > 0)
+        stopping = bool(result.flags[0] > 0)
+        if trace := self.profile.end_step(self.step, stopping):
+            self.console.say(f"step {self.step}: trace in {trace}")
+        return stopping
 
     def _tell(self, event: DataEvent) -> None:
         self.metrics.write("event", event=event.name, step=self.step, tokens=self.tokens, **event.fields)
@@ -209,7 +225,9 @@ class Trainer:
         due = self.probes is not None and (self.step == 1 or self._due(self.config.logging.probes_every))
         return self.probes.watch() if due else nullcontext()
 
-    def _record(self, pieces: list[Piece], step_plan: StepPlan, result: StepResult, factor: float, seconds: float) -> None:
+    def _record(
+        self, pieces: list[Piece], step_plan: StepPlan, result: StepResult, factor: float, seconds: float, slow: dict[str, Any]
+    ) -> None:
         lengths = [len(piece) for piece in pieces]
         step_tokens = sum(lengths)
         self.tokens += step_tokens
@@ -235,6 +253,7 @@ class Trainer:
             "packs": sum(bool(pack.slices) for pack in step_plan.plan.packs),
             "pack_fill": step_plan.plan.fill(self.setup.tokens_per_pack),
             "exchange_seconds": result.exchange_seconds,
+            **slow,
             **(step_plan.record() if self.world.is_main else {}),
             "length_histogram": length_histogram(lengths),
             "skipped_steps": self.skipped_steps,
@@ -269,6 +288,7 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _evaluate(self) -> None:
+        self.world.activity.begin("evaluate", step=self.step)
         buckets = self.config.evaluation.position_buckets
         with self.model.seeing(self.config.model.evaluation_window):
             results = evaluate(self.engine, self.setup.validation, self.planner, self.setup.model.vocab_size, buckets)
@@ -295,6 +315,7 @@ class Trainer:
     def _find_needles(self) -> None:
         if self.needles is None:
             return
+        self.world.activity.begin("evaluate", step=self.step)
         with self.model.seeing(self.config.model.evaluation_window):
             result = self.needles.run()
         self.metrics.write("needle", step=self.step, tokens=self.tokens, **asdict(result))
@@ -312,6 +333,7 @@ class Trainer:
                 self.console.say(line)
 
     def _save(self, last: bool) -> None:
+        self.world.activity.begin("save", step=self.step)
         if self.config.planning.correct:
             self._correct_costs()
         self.saving.save(self.step, self.engine.weight, self.optimizer, self._state(), last)
