@@ -25,5 +25,9 @@ class NonFiniteError(CheckpointError):
     """A checkpoint that was not written, because its weights are not finite."""
 
 
+class TrainingError(MegatronExtError, RuntimeError):
+    """A run whose steps are too bad to go on."""
+
+
 class ReplicaError(MegatronExtError):
     """Ranks that must hold the same values do not."""

@@ -13,6 +13,7 @@ import torch
 from megatron_ext.atomic_io import fsync_file, write_json
 from megatron_ext.checkpoint import hf
 from megatron_ext.checkpoint.attempts import Attempt, attempt, failure
+from megatron_ext.checkpoint.amend import amend_state
 from megatron_ext.checkpoint.directory import begin, keep_newest, publish
 from megatron_ext.checkpoint.manifest import STATE_FILE, Entry, file_entry, seal
 from megatron_ext.checkpoint.optimizer_state import FOLDER, INDEX, OwnedFile, index_of, owned_file
@@ -150,6 +151,15 @@ class CheckpointWriter:
         outcome = self._agree(published, job)
         seconds = max(part.seconds for part in parts) + outcome.seconds
         return Saved(**{**outcome.result, "path": Path(outcome.result["path"]), "seconds": seconds})
+
+    def amend(self, directory: Path, changes: Mapping[str, Any]) -> None:
+        """Replace values of the trainer's state in a saved checkpoint. All ranks call it; all raise CheckpointError if it fails."""
+
+        def amend() -> None:
+            self.confirm()
+            amend_state(directory, changes)
+
+        self._agree(attempt(amend) if self.world.is_main else None)
 
     @property
     def world(self) -> World:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from megatron_ext.config.skip_options import SkipOptions
 from megatron_ext.option_rules import require
 
 MOST_HANG_SECONDS = 1200.0
@@ -32,6 +33,8 @@ class TrainOptions:
     """Most tokens whose logits exist at once; null: what suits the device."""
     check_replicas_every: int | None = 100
     """Compare the parameters of ranks that must hold the same every this many steps, and stop if they differ; null: never."""
+    skip: SkipOptions = field(default_factory=SkipOptions)
+    """Which updates are left out."""
     heartbeat_timeout: float = 60.0
     """Seconds without a sign of life from a rank after which all others end and name it."""
     hang_timeout: float | None = 300.0
@@ -158,6 +161,8 @@ class LoggingOptions:
     probes_every: int | None = None
     """Look inside the model in the first step and every this many: outliers of activations, attention sinks and logits, the residual
     stream and its gradient by depth. Such a step takes up to half as long again. null: never."""
+    ledger: bool = False
+    """Write the documents of every step into ``ledger/`` in the run directory. Those of skipped steps are written there in any case."""
     tensorboard: bool = True
     """Write TensorBoard events through DeepSpeed's monitor."""
     straggler_ratio: float = 1.5

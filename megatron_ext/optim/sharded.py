@@ -58,7 +58,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         owned: what this rank updates.
         rules: the rules of that, by name.
         grad_norm: global norm of the last step, before clipping.
-        overflow: True if the last step was skipped because its gradient norm was not finite.
+        gate: asked on every rank, with the gradient norm of a step, whether the update is taken; all answers are equal. By default: if
+            the norm is finite.
+        overflow: True if the last update was left out; DeepSpeed's word for it.
         updates: steps that were not skipped.
     """
 
@@ -95,6 +97,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rules = self._make_rules()
         for owned in self.owned:
             self._extensions.begin(owned.part, owned.master, {})
+        self.gate: Callable[[float], bool] = math.isfinite
         self.grad_norm = 0.0
         self.overflow = False
         self.updates = 0
@@ -119,7 +122,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update from the gradients accumulated since the last; skipped on every rank if their global norm is not finite."""
+        """One update from the gradients accumulated since the last; left out on every rank if the gate refuses their global norm."""
         self._reduced = dict(self._reduction.finish())
         self._sum_replicas()
         self._extensions.prepare(self.updates + 1)
@@ -128,7 +131,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._constraint is not None:
             self._constraint.prepare()
         self.grad_norm = self._global_norm()
-        self.overflow = not math.isfinite(self.grad_norm)
+        self.overflow = not self.gate(self.grad_norm)
         if not self.overflow:
             self._update()
             self.updates += 1

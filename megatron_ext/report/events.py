@@ -46,7 +46,7 @@ def standing(events: Sequence[EventRecord]) -> list[EventRecord]:
     """Events of steps that count: not those after the step from which a later start went on, which computed those steps again."""
     kept: list[EventRecord] = []
     for event in events:
-        if event.event in STARTS:
+        if event.event in (*STARTS, "rollback"):
             kept = [old for old in kept if old.step <= event.step]
         kept.append(event)
     return kept

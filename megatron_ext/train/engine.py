@@ -1,5 +1,6 @@
 """One optimizer step, or one evaluation, by packs, whichever of DeepSpeed's engines is underneath."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from megatron_ext.train.losses import LossSums
 from megatron_ext.train.packs import Packs
 from megatron_ext.train.passes import WholePasses
 from megatron_ext.train.pipeline_passes import PipelinePasses
+from megatron_ext.train.update_gate import Judge, UpdateGate, both_finite, mean_loss
 from megatron_ext.train.zero import ZeroPasses
 
 
@@ -40,7 +42,7 @@ class StepResult:
     @property
     def loss(self) -> float:
         """Mean loss of all tokens of the step that have a label, in nats; with weights, the weighted mean."""
-        return float(self.loss_sums.sum()) / (float(self.loss_tokens.sum()) or 1.0)
+        return mean_loss(self.loss_sums, self.loss_tokens)
 
 
 class Passes(Protocol):
@@ -68,6 +70,7 @@ class Passes(Protocol):
 class StepOptimizer(SavedOptimizer, Protocol):
     """An optimizer as the trainer sees it; ``ShardedOptimizer`` is one, and says what the members are."""
 
+    gate: Callable[[float], bool]
     grad_norm: float
     overflow: bool
     updates: int
@@ -112,7 +115,7 @@ class Engine:
             self.grid.ring(degree, ring)
         return plan.packs_of(self.grid.dp.rank)
 
-    def step(self, packs: Packs, loss_weight: float, flags: torch.Tensor) -> StepResult:
+    def step(self, packs: Packs, loss_weight: float, flags: torch.Tensor, judge: Judge = both_finite) -> StepResult:
         """Accumulate the gradients of ``packs`` and update.
 
         Args:
@@ -120,9 +123,11 @@ class Engine:
             loss_weight: sum of the weights of the losses of the whole step over all ranks: the denominator of the loss. Where all are 1,
                 the number of labelled tokens.
             flags: float64 [n]: small values to be summed over the ranks on the way.
+            judge: decides, before the update, whether it is taken.
         """
         losses = LossSums(self._num_sources)
         before = self.grid.traffic.exchange_seconds
+        gate = self.optimizer.gate = UpdateGate(losses, self.grid, judge)
         self.optimizer.expect_backwards(len(packs))
         self._passes.train(packs, float(loss_weight) or 1.0, losses)
         exchange_seconds = self.grid.traffic.exchange_seconds - before
@@ -130,10 +135,10 @@ class Engine:
         work = torch.zeros(self.grid.shape.size, dtype=torch.float64)
         work[self.grid.world.rank] = self.grid.world.activity.work_seconds()
         self.grid.world.activity.begin("exchange")
-        sums, beside = losses.over(self.grid, torch.cat([work, flags, mine]))
+        beside = self.grid.world.sum(torch.cat([work, flags, mine]))
         *work_seconds, orthogonalizations, exchange_seconds = torch.cat([beside[: len(work)], beside[-2:]]).tolist()
         return StepResult(
-            *sums,
+            *gate.sums,
             self.optimizer.grad_norm,
             self.optimizer.overflow,
             beside[len(work) : -2],

@@ -40,6 +40,13 @@ class MetricsWriter:
             self._file.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
             self._file.flush()
 
+    def go_back(self, step: int) -> None:
+        """Drop the metrics of steps after ``step``, which the run goes back to: it computes them again."""
+        if self._file is not None:
+            self._file.close()
+            _drop_after(self._run_dir / METRICS_FILE, step)
+            self._file = open(self._run_dir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

@@ -1,8 +1,9 @@
 """When a run's checkpoints are written, what is said about them, and what follows if one cannot be written."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,15 +29,26 @@ class Saving:
         options: whether in the background, and what follows a failure.
         metrics: gets an event ``save``, ``evict`` or ``save_failed``.
         console: gets a line.
+        resumed_from: the checkpoint that the run goes on from.
     """
 
-    def __init__(self, writer: CheckpointWriter, options: CheckpointOptions, metrics: MetricsWriter, console: Console) -> None:
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        options: CheckpointOptions,
+        metrics: MetricsWriter,
+        console: Console,
+        resumed_from: Path | None = None,
+    ) -> None:
         self._writer, self._options, self._metrics, self._console = writer, options, metrics, console
         self._asynchronous = is_asynchronous(options, writer.world.device)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: BackgroundSave | None = None
         self._tokens = 0
         self._stall = 0.0
+        # A checkpoint of another run is not this run's to go back to.
+        own = resumed_from is not None and resumed_from.resolve().parent == writer.root.resolve()
+        self._newest = resumed_from if own else None
 
     def save(self, step: int, weight: Callable[[str], torch.Tensor], optimizer: SavedOptimizer, state: dict[str, Any], last: bool) -> None:
         """Save step ``step``; the other arguments as of ``CheckpointWriter.save``.
@@ -67,6 +79,15 @@ class Saving:
         """To be called after every step: say what became of a save in the background."""
         self._end(lambda pending: pending.look())
 
+    def newest(self) -> Path | None:
+        """The run's newest checkpoint, waited for if it is being written; None if it has none of its own."""
+        self._end(lambda pending: pending.wait())
+        return self._newest
+
+    def amend(self, checkpoint: Path, changes: Mapping[str, Any]) -> None:
+        """See ``CheckpointWriter``."""
+        self._writer.amend(checkpoint, changes)
+
     def _end(self, result: Callable[[BackgroundSave], Saved | None]) -> None:
         if self._pending is None:
             return
@@ -82,6 +103,7 @@ class Saving:
             self._tell(pending.step, saved, background=True)
 
     def _tell(self, step: int, saved: Saved, background: bool) -> None:
+        self._newest = saved.path
         at = {"step": step, "tokens": self._tokens}
         times = {"seconds": saved.seconds, "stall_seconds": self._stall, "asynchronous": background}
         self._metrics.write("event", event="save", **at, path=str(saved.path), num_bytes=saved.num_bytes, **times)

@@ -18,7 +18,7 @@ from megatron_ext.data.corpus import Piece
 from megatron_ext.data.loss_weights import LossWeights, total_weight
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.optim.schedules import learning_rate_factor
-from megatron_ext.optim.state_change import describe_changes
+from megatron_ext.optim.state_change import StateChange, describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning.worker import PlanSettings
@@ -33,6 +33,7 @@ from megatron_ext.train.data_events import DataEvent, DataWatch
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.events import start_event
+from megatron_ext.train.ledger import Ledger
 from megatron_ext.train.loss_weighting import build_loss_weighting
 from megatron_ext.train.metrics import METRICS_FILE, MetricsWriter, length_histogram
 from megatron_ext.train.monitors import Monitors
@@ -44,6 +45,8 @@ from megatron_ext.train.probes import Reading, build_probes
 from megatron_ext.train.profile import StepProfile
 from megatron_ext.train.run_lock import RunLock
 from megatron_ext.train.saving import Saving
+from megatron_ext.train.skip_events import rollback_event, skip_event
+from megatron_ext.train.step_guard import StepGuard
 from megatron_ext.train.step_plans import StepPlan, StepPlanner
 from megatron_ext.train.stopping import StopRequest
 from megatron_ext.train.stragglers import StragglerWatch
@@ -68,7 +71,8 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.tokens_by_source = dict.fromkeys((corpus.name for corpus in setup.mixture.corpora), 0)
-        self.skipped_steps = 0
+        self.guard = StepGuard(self.config.train.skip)
+        self.ledger = Ledger(self.run_dir, list(self.tokens_by_source), self.world.is_main, self.config.logging.ledger)
         self.stop = StopRequest(self.run_dir)
         self._check_same_data()
         self.model, self.chosen = build_model(setup, grid)
@@ -96,6 +100,7 @@ class Trainer:
         self.profile = StepProfile(self.config.logging.profile, self.run_dir, self.world)
         self.console = Console(self.world.is_main, self.total_steps)
         self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
+        self.ledger.begin(self.step, self.guard.rollbacks, setup.mixture.state_dict())
         checkpoints = CheckpointWriter(
             self.run_dir / CHECKPOINTS,
             grid,
@@ -106,7 +111,7 @@ class Trainer:
             self.config.checkpoint.keep_every,
             lock.confirm if lock else lambda: None,
         )
-        self.saving = Saving(checkpoints, self.config.checkpoint, self.metrics, self.console)
+        self.saving = Saving(checkpoints, self.config.checkpoint, self.metrics, self.console, self.resumed_from)
 
     def _build_planner(self) -> StepPlanner:
         options, data = self.config.planning, self.setup.mixture
@@ -133,6 +138,7 @@ class Trainer:
             self.planner.close()
         self.world.activity.end()
         self.metrics.close()
+        self.ledger.close()
         self.engine.close()
 
     def _train(self) -> None:
@@ -145,13 +151,12 @@ class Trainer:
         while self.step < self.total_steps:
             stopping = self._train_step()
             self.saving.look()
-            if self._due(self.config.evaluation.every) or self.step == self.total_steps:
-                self._evaluate()
-            if self._needles_due():
-                self._find_needles()
-            if stopping or self._due(self.config.checkpoint.every) or self.step == self.total_steps:
-                self._save(last=stopping or self.step == self.total_steps)
-                saved = self.step
+            checkpoint = self.saving.newest() if self.guard.goes_back else None
+            self.guard.check(checkpoint is not None)
+            if checkpoint is not None:
+                self._go_back(checkpoint)
+            else:
+                saved = self._end_step(stopping) or saved
             if stopping:
                 self.metrics.write("event", event="stop", step=self.step, tokens=self.tokens)
                 self.console.say(f"stopped after step {self.step} on request; start the same command again to continue")
@@ -163,6 +168,17 @@ class Trainer:
             self.metrics.write("event", event="finish", step=self.step, tokens=self.tokens)
             self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
 
+    def _end_step(self, stopping: bool) -> int | None:
+        """Evaluate and save where it is due; returns the step if it was saved."""
+        if self._due(self.config.evaluation.every) or self.step == self.total_steps:
+            self._evaluate()
+        if self._needles_due():
+            self._find_needles()
+        if not (stopping or self._due(self.config.checkpoint.every) or self.step == self.total_steps):
+            return None
+        self._save(last=stopping or self.step == self.total_steps)
+        return self.step
+
     def _train_step(self) -> bool:
         """One optimizer step; returns whether a rank was asked to stop."""
         begin = time.perf_counter()
@@ -173,6 +189,7 @@ class Trainer:
         activity.begin("plan")
         step_plan = self.planner.next_step(pieces, self.setup.mixture.corpora)
         self.step += 1
+        self.guard.begin_step(self.step, self.setup.mixture.stage.begin)
         factor = learning_rate_factor(self.config.schedule, self.step, self.total_steps)
         self.optimizer.set_learning_rate_factor(factor)
         asked = torch.tensor([float(self.stop.reason is not None)], dtype=torch.float64)
@@ -182,13 +199,12 @@ class Trainer:
             self._say_switched()
         packs, loss_weight = self._weighted(packs)
         with self._watched() as reading:
-            result = self.engine.step(packs, loss_weight, asked)
+            result = self.engine.step(packs, loss_weight, asked, self.guard.judge)
         activity.begin("record")
         self.precision.end_step()
         if self._due(self.config.train.check_replicas_every):
             self.optimizer.check_replicas()
         synchronize(self.world.device)
-        self.skipped_steps += result.skipped
         if self.config.planning.correct:
             self.correction.add(step_plan.plan, self.grid.dp.rank, self.planner.cost, self.engine.pack_seconds)
         self._check_rules(result)
@@ -196,6 +212,9 @@ class Trainer:
         self._record(pieces, step_plan, result, factor, time.perf_counter() - begin, slow)
         for straggler in stragglers:
             self._tell(DataEvent("straggler", asdict(straggler), straggler.message))
+        self.ledger.write(self.step, pieces, skipped=result.skipped)
+        if self.guard.bad is not None:
+            self._tell(skip_event(self.guard.bad, self.ledger, pieces))
         for event in self.data_watch.look():
             self._tell(event)
         if reading is not None:
@@ -205,6 +224,25 @@ class Trainer:
         if trace := self.profile.end_step(self.step, stopping):
             self.console.say(f"step {self.step}: trace in {trace}")
         return stopping
+
+    def _go_back(self, checkpoint: Path) -> None:
+        """Become the run that resumes from ``checkpoint`` and passes over the documents read since, and let the checkpoint say so."""
+        last, tokens, rollbacks, causes = self.step, self.tokens, self.guard.rollbacks, self.guard.causes()
+        self._restore(checkpoint, verify(checkpoint, self.world))
+        mixture = self.setup.mixture
+        self.data_watch = DataWatch(mixture, self.config.data.repeats_warned_at)
+        self.metrics.go_back(self.step)
+        self.ledger.begin(self.step, rollbacks, mixture.state_dict())
+        for step in range(self.step + 1, last + 1):
+            self.ledger.pass_over(self.step, rollbacks, step, mixture.take(self.config.data.tokens_per_step))
+        self.ledger.flush()
+        self.guard.went_back(rollbacks + 1)
+        self._tell(rollback_event(rollbacks, (self.step, last), (self.tokens, tokens), causes))
+        for event in self.data_watch.look():
+            self._tell(event)
+        self.saving.amend(checkpoint, {"data": mixture.state_dict(), "guard": self.guard.state()})
+        self.planner.restart(mixture, self.correction.corrected(self.cost))
+        self.console.start_clock()
 
     def _tell(self, event: DataEvent) -> None:
         self.metrics.write("event", event=event.name, step=self.step, tokens=self.tokens, **event.fields)
@@ -256,7 +294,7 @@ class Trainer:
             **slow,
             **(step_plan.record() if self.world.is_main else {}),
             "length_histogram": length_histogram(lengths),
-            "skipped_steps": self.skipped_steps,
+            **self.guard.records(),
             "epochs": self.setup.mixture.epochs(),
         }
         self.metrics.write("train", **record)
@@ -336,6 +374,7 @@ class Trainer:
         self.world.activity.begin("save", step=self.step)
         if self.config.planning.correct:
             self._correct_costs()
+        self.ledger.flush()
         self.saving.save(self.step, self.engine.weight, self.optimizer, self._state(), last)
         self.console.start_clock()
 
@@ -353,7 +392,7 @@ class Trainer:
             "format": 1,
             "tokens": self.tokens,
             "tokens_by_source": self.tokens_by_source,
-            "skipped_steps": self.skipped_steps,
+            "guard": self.guard.state(),
             "updates": self.optimizer.updates,
             "total_steps": self.total_steps,
             "settings": settings(self.config),
@@ -385,16 +424,23 @@ class Trainer:
                 f"of {path}, which the run branches off and which count"
             )
         self.overrides = changes(state.get("settings", {}), settings(self.config))
-        self.setup.mixture.load_state_dict(state["data"], options.allow_changed_data)
-        self.state_changes = describe_changes(load_optimizer(path, self.optimizer, self.world))
-        self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
-        self.tokens_by_source |= {name: n for name, n in state["tokens_by_source"].items() if name in self.tokens_by_source}
-        self.optimizer.updates = state["updates"]
         check_same_objective(state.get("objective"), self.objective, self.config.checkpoint.allow_changed_data)
+        self.state_changes = describe_changes(self._restore(path, state))
+        return path
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> list[StateChange]:
+        """Stand where the checkpoint ``path`` with this state was saved; returns what of the optimizer could not be kept."""
+        self.setup.mixture.load_state_dict(state["data"], self.config.checkpoint.allow_changed_data)
+        changes = load_optimizer(path, self.optimizer, self.world)
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.tokens_by_source = {name: state["tokens_by_source"].get(name, 0) for name in self.tokens_by_source}
+        self.optimizer.updates = state["updates"]
+        self.guard.load(state["guard"] if "guard" in state else self.guard.state() | {"skipped": state["skipped_steps"]})
+        self.correction = CostCorrection(self.cost)
         self.correction.load(state.get("cost_correction"))
         self.precision.load(state.get("precision"))
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
-        return path
+        return changes
 
     def _check_same_data(self) -> None:
         seen = self.world.gather(self.setup.mixture.fingerprint())

@@ -8,15 +8,20 @@ Read from deepspeed 0.19.8, beyond what ``passes`` says:
   without state before its first step, and stages 1 and 2 show the state of a parameter only after
   ``lazy_init_hp_params_optimizer_state``, which they call when the first group has been updated and the others have no state yet. So both
   are done here at once.
+- A step whose gradient norm is not finite is left out, its gradients forgotten. Stages 1 and 2 take the norm from ``scaled_global_norm``,
+  stage 3 from ``_get_norm_groups``: so the gate stands there, and makes infinite what it refuses. In bfloat16 stages 1 and 2 look for
+  values that are not finite before, and then ask for no norm.
 - Stage 3 gathers a parameter when the module that holds it is called, unless a module around it is marked as a leaf. Tiles take the weights
   of linears as arguments before they call them, and so a tiled MLP is one.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -89,19 +94,47 @@ class ZeroOptimizer:
             name: Placement(shape, whole_box(shape), (grid.world.rank,), False) for name, shape in parameter_shapes(model.config).items()
         }
         self.updates = 0
+        self.gate: Callable[[float], bool] = math.isfinite
+        self.grad_norm, self._asked = 0.0, True
+        self._put_gate(engine.optimizer)
 
-    @property
-    def grad_norm(self) -> float:
-        """Global norm of the last step, before clipping."""
-        return float(self._engine.get_global_grad_norm())
+    def _put_gate(self, inner: Any) -> None:
+        """Between the gradient norm and the update of DeepSpeed's optimizer."""
+        take_norm, take_groups = getattr(inner, "scaled_global_norm", None), getattr(inner, "_get_norm_groups", None)
+
+        def norm() -> Tensor:
+            seen = take_norm()
+            return seen if self.asked(seen) else torch.full_like(seen, math.inf)
+
+        def groups() -> list[Tensor]:
+            seen = take_groups()
+            return seen if self.asked(combine_grad_norm_groups(seen)) else [torch.full_like(seen[0], math.inf)]
+
+        if self._engine.zero_optimization_stage() == 3:
+            inner._get_norm_groups = groups
+        else:
+            inner.scaled_global_norm = norm
+
+    def asked(self, norm: Tensor | float) -> bool:
+        """Ask the gate. DeepSpeed's norm of what is not finite may be negative."""
+        self.grad_norm = float(norm) if float(norm) >= 0 else math.inf
+        self._asked = True
+        return self.gate(self.grad_norm)
+
+    def end_step(self) -> None:
+        """Ask the gate if DeepSpeed had refused the step before there was a norm."""
+        if not self._asked:
+            self.asked(math.inf)
+        self.updates += not self.overflow
 
     @property
     def overflow(self) -> bool:
-        """True if the last step was skipped because its gradient norm was not finite."""
+        """See ``ShardedOptimizer``."""
         return not self._engine.was_step_applied()
 
     def expect_backwards(self, count: int) -> None:
-        """DeepSpeed counts for itself."""
+        """A step begins. DeepSpeed counts for itself."""
+        self._asked = False
 
     orthogonalizations = 0
 
@@ -187,7 +220,7 @@ class ZeroPasses(WholePasses):
     def train(self, packs: Packs, denominator: float, losses: LossSums) -> None:
         """See ``Passes``."""
         super().train(packs, denominator / self._grid.shape.dp, losses)
-        self.optimizer.updates += not self.optimizer.overflow
+        self.optimizer.end_step()
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:

@@ -1,0 +1,125 @@
+"""ledger/: which documents the steps of a run read, and which of them its weights have not learned from. Rank 0 writes it.
+
+A file has the rows of ``STEPS_PER_FILE`` steps, a row is a JSON object on a line: ``step``, ``kind``, and ``documents``, by source the
+pieces in their order as [document, first token, token behind the last]. Kinds: ``trained``; ``skipped``, whose update was left out;
+``passed_over``, read before the run went back to ``step`` (``was``: the step that it was; ``rollback``: which time, from 0 on); ``begin``:
+where the sampler stood when the ledger began, in ``data``.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_ext.atomic_io import atomic_open
+from megatron_ext.data.corpus import Piece
+
+FOLDER = "ledger"
+STEPS_PER_FILE = 1000
+
+
+class Ledger:
+    """Writes the ledger of a run.
+
+    Args:
+        run_dir: where the folder lies.
+        sources: names of the sources, by number.
+        active: False on ranks that do not write.
+        trained: write steps that were trained on too, and not only the others.
+    """
+
+    def __init__(self, run_dir: Path, sources: Sequence[str], active: bool, trained: bool) -> None:
+        self._folder, self._sources = run_dir / FOLDER, list(sources)
+        self._active, self._trained = active, trained
+        self._file: IO[str] | None = None
+        self._begin = -1
+
+    def begin(self, step: int, rollbacks: int, data: dict[str, Any]) -> None:
+        """Go on after ``step``, when the run has gone back ``rollbacks`` times and the sampler is in the state ``data``.
+
+        Rows of later steps, and those of further times, are dropped: they are written again.
+        """
+        if not self._active:
+            return
+        self.close()
+        for path in _files(self._folder):
+            if step == 0 or int(path.stem) > _begin_of(step):
+                path.unlink()
+        kept: list[dict[str, Any]] = []
+        if (path := self.path_of(step)).exists():
+            kept = [row for row in read_rows(path) if row["step"] <= step and row.get("rollback", -1) < rollbacks]
+            with atomic_open(path) as file:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+        if self._trained and (not kept or kept[-1]["step"] != step):
+            self._append({"step": step, "kind": "begin", "data": data})
+
+    def write(self, step: int, pieces: Sequence[Piece], skipped: bool) -> None:
+        """Note what a step read."""
+        if self._active and (skipped or self._trained):
+            self._append({"step": step, "kind": "skipped" if skipped else "trained", "documents": self.documents(pieces)})
+
+    def pass_over(self, step: int, rollback: int, was: int, pieces: Sequence[Piece]) -> None:
+        """Note what step ``was`` had read, behind which the run goes back to ``step``, for time number ``rollback`` from 0 on."""
+        if self._active:
+            place = {"rollback": rollback, "was": was}
+            self._append({"step": step, "kind": "passed_over", **place, "documents": self.documents(pieces)})
+
+    def documents(self, pieces: Sequence[Piece]) -> dict[str, list[list[int]]]:
+        """Pieces by source, as in a row."""
+        return by_source(pieces, self._sources)
+
+    def path_of(self, step: int) -> Path:
+        """Where the row of a step is."""
+        return self._folder / f"{_begin_of(step):08d}.jsonl"
+
+    def flush(self) -> None:
+        """Put on disk what was written, before a checkpoint says that it was done."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._begin = None, -1
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self._file is None or self._begin != _begin_of(row["step"]):
+            self.flush()
+            self.close()
+            self._folder.mkdir(exist_ok=True)
+            self._file = open(self.path_of(row["step"]), "a", encoding="utf-8")  # noqa: SIM115 - open for many steps
+            self._begin = _begin_of(row["step"])
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def by_source(pieces: Sequence[Piece], sources: Sequence[str]) -> dict[str, list[list[int]]]:
+    """[document, first token, token behind the last] of pieces, by the name of their source."""
+    found: dict[str, list[list[int]]] = defaultdict(list)
+    for piece in pieces:
+        found[sources[piece.source]].append([piece.document, piece.start, piece.stop])
+    return dict(found)
+
+
+def read_ledger(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a ledger in their order; none if there is no ledger."""
+    for path in _files(run_dir / FOLDER):
+        yield from read_rows(path)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one file, without a last one that was cut off while it was written."""
+    with open(path, encoding="utf-8") as file:
+        yield from (json.loads(line) for line in file if line.endswith("\n"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.jsonl"))
+
+
+def _begin_of(step: int) -> int:
+    """First step of the file that has the rows of ``step``."""
+    return step - step % STEPS_PER_FILE
