@@ -12,8 +12,8 @@ import torch
 
 from megatron_ext.atomic_io import fsync_file, write_json
 from megatron_ext.checkpoint import hf
-from megatron_ext.checkpoint.attempts import Attempt, attempt, failure
 from megatron_ext.checkpoint.amend import amend_state
+from megatron_ext.checkpoint.attempts import Attempt, attempt, failure
 from megatron_ext.checkpoint.directory import begin, keep_newest, publish
 from megatron_ext.checkpoint.manifest import STATE_FILE, Entry, file_entry, seal
 from megatron_ext.checkpoint.optimizer_state import FOLDER, INDEX, OwnedFile, index_of, owned_file
