@@ -115,6 +115,7 @@ class RunLock:
                     "(tools/stop.py), or give this one another run_dir"
                 )
             self._take_over(found)
+        self._clean()
 
     def _create(self) -> bool:
         """Whether there was no lock, and now is ours."""
@@ -122,11 +123,18 @@ class RunLock:
         write_json(mine, asdict(self._owner))
         try:
             os.link(mine, self._path)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
+            # There is one, or a run that has just got it cleaned up.
             return False
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
         return True
+
+    def _clean(self) -> None:
+        """Remove what runs left behind that were killed while they took the lock."""
+        for pattern in (f".{LOCK_FILE}.*", f"..{LOCK_FILE}.*"):
+            for path in self._path.parent.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _take_over(self, dead: Owner) -> None:
         """Remove the lock of ``dead``. Of several that try only one moves it away; one that moved a newer lock puts it back."""

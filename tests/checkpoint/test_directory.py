@@ -1,4 +1,6 @@
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -49,6 +51,30 @@ def test_the_newest_are_kept(tmp_path: Path, count: int, kept: list[int]) -> Non
     save(tmp_path, 1, 2, 3, 4)
     keep_newest(tmp_path, count)
     assert saved_steps(tmp_path) == [step_directory(tmp_path, step) for step in kept]
+
+
+@pytest.mark.parametrize(("every", "kept"), [(None, [12]), (1, [4, 6, 8, 12]), (4, [4, 8, 12]), (5, [12])])
+def test_every_nth_is_kept_for_good(tmp_path: Path, every: int | None, kept: list[int]) -> None:
+    save(tmp_path, 4, 6, 8, 12)
+    evicted = keep_newest(tmp_path, 1, every)
+    assert saved_steps(tmp_path) == [step_directory(tmp_path, step) for step in kept]
+    assert evicted == [step_directory(tmp_path, step) for step in (4, 6, 8) if step not in kept]
+
+
+def test_a_checkpoint_that_is_replaced_leaves_a_pointer_to_an_older_one(tmp_path: Path) -> None:
+    """Killed between the two renames, as by going on from step 10 although step 20 is the latest."""
+    save(tmp_path, 10, 20)
+    beside = begin(tmp_path, 20)
+    renames = [os.rename, mock.Mock(side_effect=KeyboardInterrupt)]
+    with mock.patch.object(os, "rename", lambda *paths: renames.pop(0)(*paths)), pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, beside, 20)
+    assert latest(tmp_path) == tmp_path / "step_00000010" and (tmp_path / "step_00000010" / "file").exists()
+    save(tmp_path, 20)
+    assert names(tmp_path) == ["latest", "step_00000010", "step_00000020"] and latest(tmp_path) == tmp_path / "step_00000020"
+
+
+def test_saves_of_one_step_never_write_into_the_same_directory(tmp_path: Path) -> None:
+    assert begin(tmp_path, 1).name != begin(tmp_path, 1).name
 
 
 def test_the_only_good_one_is_never_deleted(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def assert_same_end(folder: Path, reference: Path) -> None:
     assert seen.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in seen.items())
     assert len({(path / "model.safetensors").read_bytes() for path in last}) == 1
     assert sorted(path.name for path in last[0].parent.iterdir()) == ["latest", f"step_{STEPS - 3:08d}", f"step_{STEPS:08d}"]
-    assert not list((folder / "run").glob("*lock*"))
+    assert not list((folder / "run").glob("*lock*")), "neither the lock nor what taking it needed is left"
 
 
 def survive(folder: Path, reference: Path, config: Path, ranks: int, kills: int, seed: int) -> tuple[Counter[str], int]:
