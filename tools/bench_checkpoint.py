@@ -5,7 +5,10 @@
   megatron_ext   save (it is resumable on any grid as it lies), load on one rank
   deepspeed      save_checkpoint under ZeRO-1, ds_to_universal, load on one rank with load_universal
 
-Both hold float32 parameters and AdamW's moments: 12 bytes a parameter. Files are hashed on our side, as in every save and load.
+  stall          how long training waits for a save: ours that it waits for, ours in the background (copies are taken), and
+                 torch.distributed.checkpoint's async_save of the parameters and moments that each rank owns
+
+All hold float32 parameters and AdamW's moments: 12 bytes a parameter. Files are hashed on our side, as in every save and load.
 """
 
 import argparse
@@ -15,14 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import deepspeed
 import torch
-from bench_ranks import Ranks, State
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from bench_ranks import Ranks, State, print_ratios
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ext.checkpoint.background import BackgroundSave
 from megatron_ext.checkpoint.hf_config import config_to_hf
 from megatron_ext.checkpoint.load import load_optimizer, verify
 from megatron_ext.checkpoint.save import CheckpointWriter
@@ -57,11 +64,42 @@ def set_up_ours(world: World, state: State, config: ModelConfig) -> None:
 
 
 def save_ours(world: World, state: State, folder: Path, config: ModelConfig) -> float:
-    """Seconds of a save."""
+    """Seconds of a save that training waits for."""
     begin = time.perf_counter()
-    writer = CheckpointWriter(folder, state["grid"], config_to_hf(config, dtype="float32"), lambda directory: None, 1, 4 * 2**30)
-    writer.save(1, dict(state["model"].named_parameters()).__getitem__, state["optimizer"], {})
+    writer_of(state, folder, config).save(1, dict(state["model"].named_parameters()).__getitem__, state["optimizer"], {})
     return time.perf_counter() - begin
+
+
+def stall_ours(world: World, state: State, folder: Path, config: ModelConfig) -> float:
+    """Seconds that training waits for a save in the background; then waits for its end, outside of the time."""
+    world.barrier()
+    begin = time.perf_counter()
+    writer = writer_of(state, folder, config)
+    job = writer.begin(1, dict(state["model"].named_parameters()).__getitem__, state["optimizer"], {}, copied=True)
+    with ThreadPoolExecutor(1) as thread:
+        pending = BackgroundSave(writer, job, thread)
+        seconds = time.perf_counter() - begin
+        pending.wait()
+    return seconds
+
+
+def stall_torch(world: World, state: State, folder: Path) -> float:
+    """As ``stall_ours``, by torch.distributed.checkpoint: parameters, masters and moments under names that no two ranks share."""
+    if "gloo" not in state:
+        state["gloo"] = dist.new_group(backend="gloo")
+    values = {f"{part}|{kind}": value for part, kinds in state["optimizer"].owned_state() for kind, value in kinds.items()}
+    if world.is_main:
+        values |= {name: parameter.detach() for name, parameter in state["model"].named_parameters()}
+    world.barrier()
+    begin = time.perf_counter()
+    future = dcp.async_save(values, checkpoint_id=str(folder), process_group=state["gloo"])
+    seconds = time.perf_counter() - begin
+    future.result()
+    return seconds
+
+
+def writer_of(state: State, folder: Path, config: ModelConfig) -> CheckpointWriter:
+    return CheckpointWriter(folder, state["grid"], config_to_hf(config, dtype="float32"), lambda directory: None, 1, 4 * 2**30)
 
 
 def load_ours(world: World, state: State, folder: Path) -> float:
@@ -132,10 +170,14 @@ def main() -> None:
     for ranks, universal in zip(pools["deepspeed"], (False, True), strict=True):
         ranks.run(set_up_theirs, config, universal)
     seconds: dict[str, list[list[float]]] = {name: [] for name in pools}
+    stalls: dict[str, list[float]] = {name: [] for name in ("waited for", "in the background", "torch async_save")}
     for _ in range(arguments.rounds):
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         many, one = pools["megatron_ext"]
         seconds["megatron_ext"].append([max(many.run(save_ours, folder / "a", config)), 0.0, max(one.run(load_ours, folder / "a"))])
+        stalls["waited for"].append(seconds["megatron_ext"][-1][0])
+        stalls["in the background"].append(max(many.run(stall_ours, folder / "c", config)))
+        stalls["torch async_save"].append(max(many.run(stall_torch, folder / "d")))
         many, one = pools["deepspeed"]
         (folder / "b").mkdir()
         saved, converted = max(many.run(save_theirs, folder / "b")), convert_theirs(folder / "b")
@@ -144,6 +186,7 @@ def main() -> None:
     for ranks in (ranks for both in pools.values() for ranks in both):
         ranks.close()
     report(seconds, config)
+    print_ratios("training waits", "save", "in the background", stalls, "seconds", "less")
 
 
 def report(seconds: dict[str, list[list[float]]], config: ModelConfig) -> None:

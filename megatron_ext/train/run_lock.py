@@ -137,7 +137,10 @@ class RunLock:
                 path.unlink(missing_ok=True)
 
     def _take_over(self, dead: Owner) -> None:
-        """Remove the lock of ``dead``. Of several that try only one moves it away; one that moved a newer lock puts it back."""
+        """Remove the lock of ``dead``. Of several that try only one moves it away; one that moved a newer lock puts it back.
+
+        A third could come in between; the owner of the newer lock then finds that out in ``confirm``.
+        """
         aside = self._path.with_name(f".{LOCK_FILE}.{self._owner.token}.dead")
         try:
             os.rename(self._path, aside)

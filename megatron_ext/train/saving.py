@@ -107,7 +107,8 @@ class Saving:
         at = {"step": step, "tokens": self._tokens}
         times = {"seconds": saved.seconds, "stall_seconds": self._stall, "asynchronous": background}
         self._metrics.write("event", event="save", **at, path=str(saved.path), num_bytes=saved.num_bytes, **times)
-        self._console.say(f"saved {saved.path} in {saved.seconds:.1f} s, training waited {self._stall:.1f} s")
+        beside = f" beside training, which waited {self._stall:.2f} s" if background else ""
+        self._console.say(f"saved {saved.path} in {saved.seconds:.1f} s{beside}")
         for name in saved.evicted:
             self._metrics.write("event", event="evict", **at, checkpoint=name)
 
