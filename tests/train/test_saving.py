@@ -35,6 +35,7 @@ class Run:
 
     def __init__(self, folder: Path, options: CheckpointOptions, world: World = ALONE, **changes: Any) -> None:
         self.folder, self.root = folder, folder / "checkpoints"
+        folder.mkdir(exist_ok=True)
         self.model, self.optimizer = trained(world)
         checkpoints = replace(writer(self.root, world), keep_last=options.keep_last, keep_every=options.keep_every, **changes)
         self.saving = Saving(checkpoints, options, MetricsWriter(folder, 0, world.is_main), Console(world.is_main, 9))
@@ -100,7 +101,6 @@ def test_a_failed_save_stops_the_run_or_not(tmp_path: Path, asynchronous: bool, 
     going_on = Run(tmp_path / "continue", CheckpointOptions(asynchronous=asynchronous, on_failure="continue"))
     stopping = Run(tmp_path / "stop", CheckpointOptions(asynchronous=asynchronous, on_failure="stop"))
     for run in (going_on, stopping):
-        run.folder.mkdir()
         run.save(1)
         run.finish_background()
     with mock.patch.object(OwnedFile, "write", full):
