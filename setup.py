@@ -80,5 +80,6 @@ setup(
         ],
         "cuda": ["flash-attn>=2.7,<3"],
         "eval": ["lm-eval>=0.4.8,<0.5"],
+        "wandb": ["wandb>=0.18,<1"],
     },
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ext.report.events import EVENTS_FILE, STARTS, read_events
+from megatron_ext.report.status import boot, process_start
 
 
 def append_event(run_dir: str | Path, event: str, **values: Any) -> None:
@@ -29,7 +30,8 @@ def append_event(run_dir: str | Path, event: str, **values: Any) -> None:
 def start_event(run_dir: Path) -> dict[str, Any]:
     """What the event of a start says of this process; called on the one that writes it: which start it is of this directory, and where."""
     number = 1 + sum(event.event in STARTS for event in read_events(run_dir))
-    return {"event": STARTS[number > 1], "number": number, "host": socket.gethostname(), "pid": os.getpid()}
+    process = {"pid": os.getpid(), "process_start": process_start(os.getpid()), "boot": boot()}
+    return {"event": STARTS[number > 1], "number": number, "host": socket.gethostname(), **process}
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:

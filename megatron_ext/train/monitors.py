@@ -1,22 +1,44 @@
-"""Events for TensorBoard and the other monitors of DeepSpeed."""
+"""Events for TensorBoard, Weights & Biases and the other monitors of DeepSpeed."""
 
+import os
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
+from megatron_ext.errors import ConfigError
+
 
 class Monitors:
     """Writes on rank 0, to the monitors that the configuration enables. Made after DeepSpeed has joined the process group.
 
+    Weights & Biases keeps its files in the run directory and calls the run by its name, unless WANDB_DIR and WANDB_NAME say otherwise; with
+    WANDB_MODE=offline it talks to nobody.
+
     Args:
         config: the monitor sections of a DeepSpeed configuration.
+        run_dir: of the run.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], run_dir: Path) -> None:
+        if _asks_for_wandb(config):
+            os.environ.setdefault("WANDB_DIR", str(run_dir))
+            os.environ.setdefault("WANDB_NAME", run_dir.name)
         self._monitors = MonitorMaster(get_monitor_config(config))
 
     def write(self, events: list[tuple[str, float, int]]) -> None:
         """Send (name, value, step)."""
         if self._monitors.enabled:
             self._monitors.write_events(events)
+
+
+def check_monitors(config: dict[str, Any]) -> None:
+    """Raise ConfigError if the monitor sections of a DeepSpeed configuration ask for a package that is not installed."""
+    if _asks_for_wandb(config) and find_spec("wandb") is None:
+        raise ConfigError("deepspeed.wandb.enabled: true; accepted: false, or true with wandb installed (pip install '.[wandb]')")
+
+
+def _asks_for_wandb(config: dict[str, Any]) -> bool:
+    return bool(config.get("wandb", {}).get("enabled"))

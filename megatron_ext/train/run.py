@@ -9,13 +9,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ext.atomic_io import atomic_open
-from megatron_ext.config import RunConfig, dump_config
+from megatron_ext.config import RunConfig, dump_config, monitor_config
 from megatron_ext.parallel.hang import HangWatch
 from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.shared_directory import prove_shared
 from megatron_ext.parallel.world import COLLECTIVE_TIMEOUT, World, join_world, launched_ranks
 from megatron_ext.train.build import Setup, build_grid, prepare, run_shape
 from megatron_ext.train.events import append_event
+from megatron_ext.train.monitors import check_monitors
 from megatron_ext.train.profile import check_ranks
 from megatron_ext.train.rank_log import RankLog
 from megatron_ext.train.run_lock import RunLock
@@ -34,6 +35,7 @@ def pretrain(config: RunConfig) -> None:
     setup = prepare(config)
     run_shape(config, setup.model, launched_ranks()[1])
     check_ranks(config.logging.profile, launched_ranks()[1])
+    check_monitors(monitor_config(config))
     world = join_world(config.train.threads_per_rank)
     hangs = None if config.train.hang_timeout is None else HangWatch(config.train.hang_timeout, COLLECTIVE_TIMEOUT.total_seconds())
     heartbeat = Heartbeat(world, config.train.heartbeat_timeout, hangs, partial(_tell, config, world))

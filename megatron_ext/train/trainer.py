@@ -84,7 +84,7 @@ class Trainer:
         self.objective = objective_state(self.config, setup.loss_weights)
         self.loss_weighting = build_loss_weighting(self.config, list(self.tokens_by_source), self.engine)
         self.probes = build_probes(self.config, self.model, grid)
-        self.monitors = Monitors(monitor_config(self.config))
+        self.monitors = Monitors(monitor_config(self.config), self.run_dir)
         self.cost, why_cost = cost_model(setup, grid.shape, self.world.device, next(self.model.parameters()).dtype)
         if self.config.planning.policy != "data_parallel":
             self.chosen["costs"] = why_cost
