@@ -15,6 +15,7 @@ from megatron_ext.report.gantt import plan_timeline
 from megatron_ext.report.html import Html, element, number_cell, table
 from megatron_ext.report.layout import document, figure_element, swatch
 from megatron_ext.report.metrics import Run
+from megatron_ext.report.operation import operation
 from megatron_ext.report.plans import sharing
 from megatron_ext.report.summary import Phase, SourceResult, arrange, chain_of, headline, results, source_order
 
@@ -52,6 +53,7 @@ def render(phases: Sequence[Phase]) -> str:
         *_sharing(phases),
         element("h2", "What ran"),
         _phases_table(phases),
+        *operation(phases),
         *_notes(phases),
         *(_details(phase) for phase in phases),
     )

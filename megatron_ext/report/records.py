@@ -65,6 +65,11 @@ class TrainRecord:
     """Mean over ranks of the seconds in all-to-alls; 0 where they are not measured."""
     tokens_by_degree: dict[str, int] = field(default_factory=dict)
     """Tokens by the number of ranks that share their pack."""
+    slowest_rank: int = 0
+    slowest_ratio: float = math.nan
+    """Seconds of own work of the slowest rank over the median of its stage."""
+    slow_steps: dict[str, int] = field(default_factory=dict)
+    """By rank, since the last start."""
 
     def __post_init__(self) -> None:
         for name in ("length_histogram", "tokens_by_degree"):

@@ -61,8 +61,6 @@ class _Written:
     """What was read of a run."""
 
     records: list[Record]
-    last_object: dict[str, Any]
-    """The last line of a step, with keys that its record does not have."""
     events: list[EventRecord]
 
     @property
@@ -109,8 +107,8 @@ def read_status(directory: str | Path, now: float, most_events: int = 8) -> Stat
         checkpoint_time=saves[-1].time if saves else math.nan,
         skipped_steps=last.skipped_steps if last else 0,
         starts=max(1, sum(event.event in STARTS for event in events)),
-        slow_ranks=written.last_object.get("slow_steps", {}),
-        slowest=_slowest(written.last_object),
+        slow_ranks=last.slow_steps if last else {},
+        slowest=f"rank {last.slowest_rank}: {last.slowest_ratio:.2f} x the median" if last and last.slowest_ratio > 0 else "",
         events=events[-most_events:],
     )
 
@@ -123,9 +121,8 @@ def _read(directory: Path) -> _Written:
     try:
         with open(path, "rb") as file:
             first = file.readline()
-        lines = list(last_objects(path))
         records = [*parse_lines([first.rstrip(b"\n")], path)] if first.endswith(b"\n") else []
-        records += [parse_record(line) for line in lines]
+        records += [parse_record(line) for line in last_objects(path)]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a run writes its records there when it starts") from None
     except OSError as error:
@@ -135,8 +132,7 @@ def _read(directory: Path) -> _Written:
     if not records or not isinstance(records[0], StartRecord):
         raise DataError(f"{path}:1: the first record must be of kind 'start'")
     old = [record for record in records if isinstance(record, EventRecord)]
-    steps = [line for line in lines if line.get("kind") == "train"]
-    return _Written(records, steps[-1] if steps else {}, [*old, *read_events(directory)])
+    return _Written(records, [*old, *read_events(directory)])
 
 
 def _seconds_between(train: list[TrainRecord]) -> float:
@@ -190,8 +186,3 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if state in "ZX" else int(fields[18])
-
-
-def _slowest(step: dict[str, Any]) -> str:
-    ratio = step.get("slowest_ratio")
-    return f"rank {step['slowest_rank']}: {ratio:.2f} x the median" if isinstance(ratio, float) else ""

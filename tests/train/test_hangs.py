@@ -100,7 +100,8 @@ def test_the_rank_that_holds_the_others_up_is_named(
     host = os.uname().nodename
     assert told.format(host) in errors, errors
     last = read_events(tmp_path / "run")[-1]
-    assert (last.event, last.step, last.details["rank"], last.details["host"]) == (event, STEP, VICTIM, host)
+    assert (last.event, last.details["rank"], last.details["host"]) == (event, VICTIM, host)
+    assert last.step in (STEP, STEP + 1), "where rank 0 was, which may have gone on as far as it could"
     what = last.details["what"]
     assert int(re.search(r" for (\d+) s", what)[1]) < 60, "a collective would have waited for half an hour"
     if fault == "data":
