@@ -33,6 +33,7 @@ class StepProfile:
     def __init__(self, options: ProfileOptions | None, run_dir: Path, world: World) -> None:
         self._steps = options.steps if options is not None and world.rank in options.ranks else [0, 0]
         self._folder, self._rank = run_dir / FOLDER, world.rank
+        self._sort_by = "self_cpu_time_total" if world.device.type == "cpu" else "self_device_time_total"
         self._first = 0
         self._profile: profile | None = None
 
@@ -53,5 +54,5 @@ class StepProfile:
         path = self._folder / f"steps_{self._first:08d}_{step:08d}_rank_{self._rank:05d}.json.gz"
         traced.export_chrome_trace(str(path))
         with atomic_open(path.with_name(path.name.removesuffix(".json.gz") + ".txt")) as file:
-            file.write(traced.key_averages().table(sort_by="self_cpu_time_total", row_limit=TOP_OPERATORS) + "\n")
+            file.write(traced.key_averages().table(sort_by=self._sort_by, row_limit=TOP_OPERATORS) + "\n")
         return path
