@@ -48,6 +48,7 @@ class ProbeTables:
     - ``<site>.tokens`` [depths, measures + 1]: sums of ``MEASURES`` over tokens, and the number of tokens.
     - ``<site>.energy`` [depths, width]: squares of each channel, summed over tokens.
     - ``gradient`` [layers + 1]: squares of the loss's gradient at the residual stream.
+    - ``parameter_gradient`` [layers]: squares of the gradients of the block's parameters; left to who knows them.
     - ``sink`` [layers, query heads]: probabilities that queries give to the first token of their document, which is none of them.
     - ``queries`` [2]: number of such queries, and what uniform attention would give.
 
@@ -67,7 +68,8 @@ class ProbeTables:
             **{"q": queries, "k": keys, "v": keys, "attention_output": queries, "down_proj_input": config.intermediate_size},
         }
         """Channels of every site."""
-        shapes: dict[str, tuple[int, ...]] = {"gradient": (layers + 1,), "sink": (layers, config.num_heads), "queries": (2,)}
+        shapes: dict[str, tuple[int, ...]] = {"gradient": (layers + 1,), "parameter_gradient": (layers,)}
+        shapes |= {"sink": (layers, config.num_heads), "queries": (2,)}
         for site, width in self.widths.items():
             depths = layers + (site == RESIDUAL)
             shapes |= {f"{site}.tokens": (depths, len(MEASURES) + 1), f"{site}.energy": (depths, width)}

@@ -90,6 +90,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._reduction = GradientReduction(self._buckets, self._parameters, placements, grid.dp, overlap)
         self.gradients = self._reduction.gradients
         self._reduced: dict[OwnedBox, torch.Tensor] = {}
+        self._norms: tuple[list[str], torch.Tensor] = [], torch.zeros(0)
         mine = [part for part in parts if part.owner == grid.dp.rank]
         shapes = {name: placement.shape for name, placement in placements.items()}
         self._exchange = MatrixExchange([part for part in mine if part.meets_on is not None], shapes, grid.tp, grid.world.device)
@@ -115,6 +116,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def orthogonalizations(self) -> int:
         """Matrices that the rules of this rank orthogonalized in the last step."""
         return sum(getattr(rule, "orthogonalizations", 0) for rule in self.rules.values())
+
+    def gradient_squares(self) -> dict[str, float]:
+        """Squares of the gradients of the last step before clipping, summed by parameter over the parts that count on this rank.
+
+        Over all ranks each part counts once, so that all of them add up to the square of ``grad_norm``.
+        """
+        squares: dict[str, float] = {}
+        for name, norm in zip(self._norms[0], self._norms[1].tolist(), strict=True):
+            squares[name] = squares.get(name, 0.0) + norm * norm
+        return squares
 
     def records(self) -> dict[str, Any]:
         """What the metrics say about the last step beside the attributes, on every rank."""
@@ -200,8 +211,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _global_norm(self) -> float:
         """Norm of the whole model's gradient; of replicas, the first one counts."""
-        counting = [g for part, g in self._reduced.items() if self.placements[part.name].replicas[0] == self._grid.world.rank]
-        norms = torch.stack(torch._foreach_norm(counting)).double() if counting else torch.zeros(1, dtype=torch.float64)
+        counting = {part: g for part, g in self._reduced.items() if self.placements[part.name].replicas[0] == self._grid.world.rank}
+        norms = torch.stack(torch._foreach_norm(list(counting.values()))).double() if counting else torch.zeros(0, dtype=torch.float64)
+        self._norms = [part.name for part in counting], norms
         return math.sqrt(float(self._grid.world.sum(norms.square().sum())))
 
     def _update(self) -> None:

@@ -123,6 +123,9 @@ def _depth_maps(probes: Sequence[ProbeRecord]) -> list[Map]:
     def gradient(probe: ProbeRecord) -> Sequence[float]:
         return probe.gradient_norm
 
+    def of_parameters(probe: ProbeRecord) -> Sequence[float]:
+        return probe.parameter_gradient_norm
+
     def sink(probe: ProbeRecord) -> Sequence[float]:
         return probe.sink_mass
 
@@ -147,6 +150,14 @@ def _depth_maps(probes: Sequence[ProbeRecord]) -> list[Map]:
             gradient,
             _log_scale(_all_values(probes, gradient)),
             0,
+        ),
+        Map(
+            "parameter-gradient",
+            "Gradient norm: parameters",
+            "Of all parameters of a block, before clipping; logarithmic.",
+            of_parameters,
+            _log_scale(_all_values(probes, of_parameters)),
+            1,
         ),
         Map("sink", "Attention sink", sinks, sink, Scale(0.0, _extreme(_all_values(probes, sink), np.max), False), 1),
         Map(

@@ -205,6 +205,8 @@ class ProbeRecord:
     """Of each site, what its kurtosis would be if its channels were independent and normal."""
     gradient_norm: list[float] = field(default_factory=list)
     """Of the loss, at the residual stream, behind 0, 1, ... blocks."""
+    parameter_gradient_norm: list[float] = field(default_factory=list)
+    """Of the parameters of each block, over all ranks and before clipping; NaN where the optimizer does not know it."""
     sink_mass: list[float] = field(default_factory=list)
     """Mean probability that a query gives to the first token of its document, without the first query, by block."""
     sink_mass_uniform: float = math.nan

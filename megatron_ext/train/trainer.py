@@ -83,7 +83,7 @@ class Trainer:
         self.optimizer = self.engine.optimizer
         self.objective = objective_state(self.config, setup.loss_weights)
         self.loss_weighting = build_loss_weighting(self.config, list(self.tokens_by_source), self.engine)
-        self.probes = build_probes(self.config, self.model, grid)
+        self.probes = build_probes(self.config, self.model, grid, self.optimizer)
         self.monitors = Monitors(monitor_config(self.config), self.run_dir)
         self.cost, why_cost = cost_model(setup, grid.shape, self.world.device, next(self.model.parameters()).dtype)
         if self.config.planning.policy != "data_parallel":

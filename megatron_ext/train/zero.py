@@ -142,6 +142,9 @@ class ZeroOptimizer:
         """See ``ShardedOptimizer``."""
         return {}
 
+    def gradient_squares(self) -> None:
+        """See ``ShardedOptimizer``: DeepSpeed keeps the norm of all gradients together only."""
+
     def set_learning_rate_factor(self, factor: float) -> None:
         """Learning rate of the next step, relative to the base rate."""
         for group in self._rule.param_groups:

@@ -153,5 +153,6 @@ def probe(step: int, layers: int = 4, width: int = 512, outlier: float = 0.0, **
     floors = {site: {"kurtosis_released": 0.4 * (24 / each) ** 0.5, "kurtosis_centred": -6 / (each + 1)} for site, each in widths.items()}
     record = {"kind": "probe", "time": 1.7e9 + 2 * step, "step": step, "tokens": step * TOKENS_PER_STEP, "widths": widths}
     record |= {"sites": sites, "floors": floors, "gradient_norm": (0.3 * 0.8 ** np.arange(layers + 1)).tolist()}
+    record |= {"parameter_gradient_norm": (0.2 * 0.9 ** np.arange(layers)).tolist()}
     record |= {"sink_mass": np.linspace(0.1, 0.4, layers).tolist(), "sink_mass_uniform": 0.05, "max_logit": list(range(2, 2 + layers))}
     return record | changes

@@ -41,6 +41,7 @@ def test_a_probe_is_read_as_it_was_written(tmp_path: Path) -> None:
     (record,) = read_run(write_run(tmp_path / "run", [start(), written])).probes
     assert (record.step, record.tokens, record.widths["k"]) == (4, 4 * TOKENS_PER_STEP, 128)
     assert record.sites == written["sites"] and record.floors == written["floors"] and record.gradient_norm == written["gradient_norm"]
+    assert record.parameter_gradient_norm == written["parameter_gradient_norm"]
     assert np.isnan(record.sink_mass[1]) and record.sink_mass[2:] == [0.3, 0.4]
 
 
@@ -127,7 +128,7 @@ def test_curves_end_at_the_mean_over_layers_and_floors_lie_below(tmp_path: Path)
 def test_maps_of_many_layers_and_probes_stay_small(tmp_path: Path) -> None:
     phases = phases_of(tmp_path, *(probe(step, layers=64, outlier=step / 100) for step in range(1, 121)))
     svgs = [figure.svg for figure in maps(phases)]
-    assert len(svgs) == 16 and sum(map(len, svgs)) < 2_000_000
+    assert len(svgs) == 17 and sum(map(len, svgs)) < 2_000_000
 
 
 def test_the_page_has_the_section_where_there_are_probes(tmp_path: Path) -> None:
@@ -145,5 +146,11 @@ def test_values_that_are_not_finite_or_all_zero_are_drawn(tmp_path: Path) -> Non
     for measure in broken["sites"]["q"]:
         broken["sites"]["q"][measure] = [0.0] * 4
     broken["sites"]["v"] = {name: [None] * 4 for name in broken["sites"]["v"]}
+    broken["parameter_gradient_norm"] = [None] * 4
     text = render(phases_of(tmp_path, broken))
-    assert "Gradient norm: residual" in text and "Kurtosis: q" in text and "Kurtosis: v" not in text
+    assert (
+        "Gradient norm: parameters" not in text
+        and "Gradient norm: residual" in text
+        and "Kurtosis: q" in text
+        and "Kurtosis: v" not in text
+    )
