@@ -93,7 +93,7 @@ def config_to_hf(
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position,
-        **rope_to_hf(config.rope_theta, config.rope),
+        **rope_to_hf(config.rope_theta, config.rope, config.head_dim, config.max_position),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,

@@ -8,7 +8,7 @@ from megatron_ext.checkpoint.own_config import OWN_TYPE
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.config import DEFAULT_THETA
 from megatron_ext.model.rope_options import RopeKind, RopeOptions
-from megatron_ext.model.rope_scaling import RopeScaling, resolve_rope, yarn_attention_factor
+from megatron_ext.model.rope_scaling import RopeScaling, resolve_rope, yarn_attention_factor, yarn_by_ratio
 from megatron_ext.option_rules import OptionError
 
 LAYOUTS = ("rope_parameters", "rope_scaling")
@@ -57,8 +57,16 @@ def rope_from_hf(hf: Mapping[str, Any], head_dim: int, max_position: int) -> tup
         raise CheckpointError(f"config.json: {error}") from error
 
 
-def rope_to_hf(theta: float, scaling: RopeScaling) -> dict[str, Any]:
-    """The keys of a config.json for both layouts."""
+def rope_to_hf(theta: float, scaling: RopeScaling, head_dim: int, max_position: int) -> dict[str, Any]:
+    """The keys of a config.json for both layouts.
+
+    Some releases of transformers 4 (4.53 is one) take ``max_position`` over the original length for the factor of yarn, whatever is
+    written as the factor. So both are made to say the same; see ``no_family_has`` for what cannot be.
+    """
+    if scaling.kind == "yarn":
+        by_ratio = yarn_by_ratio(scaling, head_dim, theta, max_position)
+        assert by_ratio is not None, "other models have a config.json of their own"
+        scaling = by_ratio
     values = asdict(scaling)
     rope = {"rope_type": scaling.kind, **{key: values[NAMES[key]] for key in WRITTEN[scaling.kind]}}
     if scaling.kind == "yarn" and scaling.attention_factor != yarn_attention_factor(scaling.factor):

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.norm_options import NormOptions
+from megatron_ext.model.rope_scaling import yarn_by_ratio
 
 OWN_TYPE = "megatron_ext"
 """Their ``model_type``."""
@@ -22,6 +23,12 @@ def no_family_has(config: ModelConfig) -> list[str]:
     found = [f"norm.{key} {value!r}" for key, value in asdict(config.norm).items() if value != getattr(plain, key)]
     found += [key for key in ("embedding_projection", "mlp_bias", "head_bias") if getattr(config, key)]
     found += ["qk_norm together with model.qkv_bias"] * (config.qk_norm and config.qkv_bias)
+    rope = config.rope
+    if rope.kind == "yarn" and yarn_by_ratio(rope, config.head_dim, config.rope_theta, config.max_position) is None:
+        found.append(
+            f"rope.factor {rope.factor:g} with model.max_position {config.max_position:,} and rope.original_max_position "
+            f"{rope.original_max_position:,}: some releases of transformers read the ratio of these two instead"
+        )
     return [f"model.{each}" for each in found]
 
 

@@ -1,7 +1,7 @@
 """Frequencies of rotary positions for documents longer than those of the first training."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -99,6 +99,23 @@ def yarn_range(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[float
     first, last = max(first, 0), min(last, head_dim - 1)
     # The published code parts the two by this much where they are one.
     return first, last + 0.001 if first == last else last
+
+
+def yarn_by_ratio(scaling: RopeScaling, head_dim: int, theta: float, max_position: int) -> RopeScaling | None:
+    """The same frequencies from an original length that ``max_position`` is ``factor`` times as long as; None: there is none.
+
+    Pairs are told apart by turns in the original length, so that turns and length can be changed together. The length must be whole, and
+    rounding must not move a pair.
+    """
+    original = max_position / scaling.factor
+    if original == scaling.original_max_position:
+        return scaling
+    change = original / scaling.original_max_position
+    fast, slow = scaling.beta_fast * change, scaling.beta_slow * change
+    found = replace(scaling, original_max_position=int(original), beta_fast=fast, beta_slow=slow)
+    if not original.is_integer() or (scaling.truncate and yarn_range(head_dim, theta, found) != yarn_range(head_dim, theta, scaling)):
+        return None
+    return found
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:

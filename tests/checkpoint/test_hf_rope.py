@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_ext.checkpoint.hf import save_hf
@@ -72,6 +72,43 @@ def test_layouts_of_transformers_4_and_5_mean_the_same(rope: dict[str, Any], tmp
         assert config_from_hf({key: value for key, value in exported.items() if key != layout}) == newer
     (tmp_path / "config.json").write_text(json.dumps(exported))
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == exported["rope_parameters"]
+
+
+def by_ratio(hf: dict[str, Any], theta: float) -> tuple[torch.Tensor, float]:
+    """YaRN as transformers 4.53 reads it: the factor is the longest over the original length, and nothing else."""
+    rope = {**hf["rope_scaling"], "rope_theta": theta}
+    ratio = hf["max_position_embeddings"] / rope[ORIGINAL]
+    config = LlamaConfig(max_position_embeddings=hf["max_position_embeddings"], head_dim=hf["head_dim"], rope_parameters=rope)
+    config.rope_parameters = {**config.rope_parameters, "factor": ratio}
+    return ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+
+
+@pytest.mark.parametrize(
+    "scaling", [{"factor": 4.0}, {"factor": 2.0, "truncate": False}, {"factor": 16.0, "beta_fast": 2.0, "beta_slow": 0.5}]
+)
+def test_a_factor_that_is_not_the_ratio_of_lengths_is_read_alike_by_all(scaling: dict[str, Any]) -> None:
+    """The longest length is 8 times the original one."""
+    rope = {"rope_type": "yarn", ORIGINAL: 16, **scaling}
+    config = config_from_hf({**PARAMETERS, "rope_parameters": {**rope, "rope_theta": 5e5}})
+    theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(head_dim=32, rope_parameters={**rope, "rope_theta": 5e5}), "cpu")
+    exported = json.loads(json.dumps(config_to_hf(config, dtype="float32")))
+    assert exported["max_position_embeddings"] == 128 and exported["rope_parameters"]["factor"] == scaling["factor"]
+    back = config_from_hf(exported)
+    assert rope_frequencies(32, 5e5, back.rope, torch.float64).tolist() == pytest.approx(
+        rope_frequencies(32, 5e5, config.rope, torch.float64).tolist(), rel=1e-14
+    )
+    for found, attention in (by_ratio(exported, 5e5), ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**exported), "cpu")):
+        torch.testing.assert_close(found, theirs, rtol=1e-6, atol=0)
+        assert attention == pytest.approx(factor, rel=1e-12)
+    as_it_was, _ = by_ratio({**exported, "rope_scaling": rope}, 5e5)
+    assert (as_it_was - theirs).abs().max() > 1e-4 * theirs.max(), "without the change it would be read as another"
+
+
+def test_a_factor_that_no_ratio_is_has_no_family() -> None:
+    config = config_from_hf({**PARAMETERS, "rope_parameters": {"rope_type": "yarn", ORIGINAL: 16, "factor": 10.0, "rope_theta": 5e5}})
+    own = config_to_hf(config, dtype="float32")
+    assert own["model_type"] == "megatron_ext" and "rope.factor 10 with model.max_position 128" in own["no_family_has"][0]
+    assert config_from_hf(json.loads(json.dumps(own))) == config
 
 
 def test_a_published_config_is_read(tmp_path: Path) -> None:
