@@ -43,7 +43,7 @@ def latest_events(run_dir: Path) -> list[EventRecord]:
 
 
 def standing(events: Sequence[EventRecord]) -> list[EventRecord]:
-    """Events of steps that count: not those after the step from which a later start went on, which computed those steps again."""
+    """Events of steps that count: not those after the step from which a later start, or a run that went back to it, computed again."""
     kept: list[EventRecord] = []
     for event in events:
         if event.event in (*STARTS, "rollback"):

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from megatron_ext.report import canvas, formats
+from megatron_ext.report import bad_steps, canvas, formats
 from megatron_ext.report.canvas import Label, series_color, stand_in
 from megatron_ext.report.phase_axes import HALF, NARROW, WIDE, Figure, curve_of_steps, finish_token_axis, has, plot_column
 from megatron_ext.report.summary import Phase, SourceResult, chain_of, evaluations, results, source_names, source_order
@@ -103,9 +103,10 @@ def training_loss(phases: Sequence[Phase]) -> Figure | None:
         axes.plot(*canvas.thin(tokens, losses), color=colors[source], linewidth=0.8, alpha=0.35)
         axes.plot(*canvas.thin(tokens, smoothed), color=colors[source], linewidth=2, marker="o" if len(tokens) == 1 else None)
         labels[source] = Label(smoothed[-1], f"{source} {smoothed[-1]:.2f}", colors[source])
+    marks = bad_steps.mark(axes, phases)
     finish_token_axis(axes, phases)
     canvas.label_ends(axes, list(labels.values()))
-    title, caption = "Training loss by source", "Nats per token, on the documents of each step."
+    title, caption = "Training loss by source", f"Nats per token, on the documents of each step. {marks}".strip()
     return Figure(title, caption, canvas.to_svg(figure, "training-loss", f"{title}. {caption}"))
 
 
@@ -144,12 +145,9 @@ def gradient_norm(phases: Sequence[Phase]) -> Figure | None:
     plot_column(axes, phases, "grad_norm")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(_sparse_minor_tick))
-    skipped = [position for phase in chain_of(phases) for position in _skipped_positions(phase)]
-    at_bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
-    axes.plot(skipped, [0.03] * len(skipped), linestyle="none", marker="^", markersize=7, color=series_color(1), **at_bottom)
+    marks = bad_steps.mark(axes, phases) or "No step was skipped."
     finish_token_axis(axes, phases)
-    title, caption = "Gradient norm", "Global norm before clipping, logarithmic. "
-    caption += f"Triangles: skipped steps ({len(skipped)})." if skipped else "No step was skipped."
+    title, caption = "Gradient norm", f"Global norm before clipping, logarithmic. {marks}"
     return Figure(title, caption, canvas.to_svg(figure, "grad-norm", f"{title}. {caption}"))
 
 
@@ -194,9 +192,3 @@ def _colors(phases: Sequence[Phase]) -> dict[str, str]:
 
 def _dashes(phase: Phase) -> tuple[float, ...]:
     return (4, 2) if phase.is_control else ()
-
-
-def _skipped_positions(phase: Phase) -> list[float]:
-    """Total tokens at each skipped step that the run has a record of or that lies between two."""
-    steps, tokens = phase.run.column("step"), phase.run.column("tokens")
-    return [phase.offset + float(np.interp(step, steps, tokens)) for step in phase.run.skipped] if len(steps) else []

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.report import context_figures, formats, plan_figures, probe_figures
+from megatron_ext.report.bad_steps import bad_steps_section
 from megatron_ext.report.canvas import SERIES
 from megatron_ext.report.figures import all_figures, forgetting_curve
 from megatron_ext.report.forgetting import Forgetting, forgetting, recovery, worth_telling
@@ -49,6 +50,7 @@ def render(phases: Sequence[Phase]) -> str:
         element("h2", "How training went"),
         element("p", "Where a curve is drawn twice: faint is each step, strong a moving average.", class_="muted"),
         element("div", *(figure_element(figure) for figure in all_figures(phases)), class_="grid"),
+        *bad_steps_section(phases),
         *_inside(phases),
         *_sharing(phases),
         element("h2", "What ran"),

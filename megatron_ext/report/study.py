@@ -218,7 +218,7 @@ def _about_runs(variants: Sequence[Variant]) -> Iterator[str]:
                 loss = formats.loss(validation_loss(run))
                 yield f"{name} diverged: it ended at a loss of {loss}, not finite or with more than half of what it had learned lost."
             if run.skipped:
-                yield f"{name} skipped {len(run.skipped)} of {len(run.train)} steps, whose gradients were not finite."
+                yield f"{name} skipped {len(run.skipped)} of {len(run.train)} steps."
 
 
 def named_runs(variant: Variant) -> Iterator[tuple[str, Run]]:

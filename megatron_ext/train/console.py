@@ -54,5 +54,6 @@ class Console:
             f"step {step:>{width}}/{self._total} {step / self._total:>4.0%} | loss {record['loss']:7.4f} | lr {record['lr']:.2e} | "
             f"grad norm {record['grad_norm']:7.3f} | {rate:>9,.0f} tokens/s | {rate * flops_per_token / 1e12:7.3f} TFLOP/s | "
             f"{record['memory_gib']:6.2f} GiB | ETA {eta} | skipped {record['skipped_steps']}"
+            + (f" | went back {record['rollbacks']}" if record.get("rollbacks") else "")
         )
         self.start_clock()

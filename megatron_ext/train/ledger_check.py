@@ -29,7 +29,7 @@ class LedgerReport:
 
 
 def check_ledger(run_dir: Path, config: RunConfig) -> LedgerReport:
-    """Check the ledger of a run that began with one.
+    """Check the ledger of a run from where it begins.
 
     Three checks, independent of each other: steps follow each other without gap, also where the run went back; the documents of each step
     are those that a sampler gives that was never interrupted; and, without a sampler, by source every document that is not held out is
@@ -40,8 +40,8 @@ def check_ledger(run_dir: Path, config: RunConfig) -> LedgerReport:
         DataError: there is no ledger, or it has rows of skipped steps only.
     """
     rows = read_ledger(run_dir)
-    first = next(rows, None)
-    if first is None or first["kind"] != "begin":
+    first = next((row for row in rows if row["kind"] == "begin"), None)
+    if first is None:
         raise DataError(f"{run_dir / FOLDER}: no ledger of all steps; a run with logging.ledger=true writes one")
     report = LedgerReport()
     corpora = build_mixture(config).corpora
