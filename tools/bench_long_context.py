@@ -261,11 +261,14 @@ def _rank(rank: int, ranks: int, store: str, answer: Connection, way: Way, setti
     os._exit(0)
 
 
-def longest(way: Way, setting: Setting, ranks: int, budget: float, precision: float) -> int:
-    """The longest length whose probe takes at most ``budget`` bytes, or less by ``precision`` of it; a multiple of ``GRAIN``, 0 if none."""
-    low, high = 0, 4 * GRAIN
+def longest(way: Way, setting: Setting, ranks: int, budget: float, precision: float, guess: int = 4 * GRAIN) -> int:
+    """The longest length whose probe takes at most ``budget`` bytes, or less by ``precision`` of it; a multiple of ``GRAIN``, 0 if none.
+
+    ``guess``, a multiple of ``GRAIN``, is tried first.
+    """
+    low, high = 0, max(GRAIN, guess)
     while probe(way, setting, ranks, high).peak <= budget:
-        low, high = high, 2 * high
+        low, high = high, high + max(GRAIN, high // 2 // GRAIN * GRAIN)
     while high - low > max(GRAIN, precision * low):
         middle = (low + high) // 2 // GRAIN * GRAIN
         low, high = (middle, high) if probe(way, setting, ranks, middle).peak <= budget else (low, middle)
@@ -281,7 +284,7 @@ def check_losses(setting: Setting, cases: Sequence[tuple[Way, int]]) -> None:
 
 
 def relative_times(setting: Setting, cases: Sequence[tuple[Way, int]], length: int, rounds: int) -> dict[tuple[Way, int], list[float]]:
-    """Seconds of a token in each round."""
+    """Seconds of a token in each round; of no rounds, nothing."""
     seconds: dict[tuple[Way, int], list[float]] = {case: [] for case in cases}
     for _ in range(rounds):
         for way, ranks in cases:
@@ -293,16 +296,11 @@ def rows_of(lengths: dict[tuple[Way, int], int], seconds: dict[tuple[Way, int], 
     """A row of the table for each case, against the first."""
     first, base = next(iter(lengths.values())), next(iter(seconds.values()))
     for (way, ranks), length in lengths.items():
+        row = {"way": str(way), "ranks": ranks, "longest": length, "of the first": round(length / first, 2)}
         ratios = sorted(mine / theirs for mine, theirs in zip(seconds[way, ranks], base, strict=True))
-        yield {
-            "way": str(way),
-            "ranks": ranks,
-            "longest": length,
-            "of the first": round(length / first, 2),
-            "time of a token, of the first: min": round(ratios[0], 2),
-            "median": round(statistics.median(ratios), 2),
-            "max": round(ratios[-1], 2),
-        }
+        named = ("time of a token, of the first: min", "median", "max")
+        times = (ratios[0], statistics.median(ratios), ratios[-1]) if ratios else ()
+        yield row | dict.fromkeys(named, "") | {name: round(ratio, 2) for name, ratio in zip(named, times, strict=False)}
 
 
 def report(title: str, rows: Sequence[dict[str, str | int | float]], path: Path | None) -> None:
@@ -330,7 +328,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--tile", type=int, default=128, help="tokens of a tile")
     parser.add_argument("--precision", type=float, default=0.05, help="of the longest length")
-    parser.add_argument("--rounds", type=int, default=3, help="of timing")
+    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0: none")
     parser.add_argument("--csv", type=Path, help="write the table here too")
     arguments = parser.parse_args()
     hidden, layers, budget = arguments.hidden_size, arguments.layers, arguments.mebibytes * MEBI
@@ -341,7 +339,8 @@ def main() -> None:
     check_losses(setting, cases)
     lengths = {}
     for way, ranks in cases:
-        lengths[way, ranks] = longest(way, setting, ranks, budget, arguments.precision)
+        alone = lengths.get((way, 1), 4 * GRAIN // ranks)
+        lengths[way, ranks] = longest(way, setting, ranks, budget, arguments.precision, ranks * alone)
         print(f"{way} on {ranks}: {lengths[way, ranks]:,} tokens", flush=True)
     at = max(GRAIN, min(lengths.values()) // GRAIN * GRAIN)
     seconds = relative_times(setting, cases, at, arguments.rounds)
