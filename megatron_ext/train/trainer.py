@@ -487,10 +487,9 @@ class Trainer:
             self.metrics.write("event", event="override", step=self.step, changes={key: [old, new] for key, old, new in self.overrides})
 
     def _tell_start(self) -> None:
-        if not self.world.is_main:
-            return
         place = {"step": self.step, "tokens": self.tokens}
-        self.metrics.write("event", **start_event(self.run_dir), **place, ranks=self.world.size, total_steps=self.total_steps)
+        start = self.world.on_main(start_event(self.run_dir) if self.world.is_main else None)
+        self.metrics.write("event", **start, **place, ranks=self.world.size, total_steps=self.total_steps)
         if self.resumed_from is not None:
             self.metrics.write("event", event="branch" if self.branched else "resume", **place, path=str(self.resumed_from))
 

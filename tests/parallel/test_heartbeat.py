@@ -4,10 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ext.parallel.heartbeat import _torch_collective
+from megatron_ext.parallel.world import World
+from tests.distributed import RunRanks
 
 SCRIPT = """
 import os, sys, time, signal
@@ -91,6 +98,24 @@ def test_a_rank_that_falls_silent_is_named_in_time(tmp_path: Path, what: str, vi
 
 def test_a_good_end_is_silent(tmp_path: Path) -> None:
     assert [(code, "host" in errors) for code, errors in finish(start(tmp_path, "end", watched=True), 25)] == [(0, False)] * 3
+
+
+def seen_waiting(world: World) -> str:
+    """What another thread of rank 0 sees of a receive that somebody else began, which rank 1 answers late."""
+    thread, seen = threading.get_ident(), []
+    watcher = threading.Timer(0.5, lambda: seen.append(_torch_collective(thread)))
+    watcher.start()
+    if world.rank == 0:
+        dist.recv(torch.zeros(1), 1)
+    else:
+        time.sleep(1.0)
+        dist.send(torch.zeros(1), 0)
+    watcher.join()
+    return seen[0]
+
+
+def test_collectives_that_others_began_are_seen_too(run_ranks: RunRanks) -> None:
+    assert run_ranks(2, seen_waiting) == ["recv", ""]
 
 
 def test_without_it_the_others_wait(tmp_path: Path) -> None:
