@@ -18,7 +18,7 @@ def event(name: str, step: int, **fields: Any) -> dict[str, Any]:
 
 
 def run_with(folder: Path, *events: dict[str, Any]) -> Path:
-    directory = write_run(folder, [start(), *(train(step, skipped_steps=step > 6) for step in range(1, 9))])
+    directory = write_run(folder, [start(), *(train(step, skipped_steps=int(step > 6)) for step in range(1, 9))])
     (directory / "events.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in events), "utf-8")
     return directory
 
