@@ -53,7 +53,7 @@ def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """``program`` after the traps were made, in a fresh interpreter."""
     command = [sys.executable, "-c", TRAPS + program, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -109,5 +109,5 @@ def test_the_traps_catch_every_way_to_read_a_pickle(tmp_path: Path, name: str) -
     )
     short = TRAPS.partition("# What a run needs")[0]
     command = [sys.executable, "-c", f"{short}{early}{pickled}arm('/nowhere')\n{ATTACKS[name]}\nprint('READ')", str(tmp_path / "file")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 1 and "TRAP: " in done.stderr and "READ" not in done.stdout, done.stdout + done.stderr
