@@ -26,7 +26,7 @@ ROOMS = {
     "train": {"planning", "kernels", "precision", "parallel", "optim", "data", "model", "checkpoint", "report", "config"},
 }
 """Room -> rooms that it may import. Every room may also import itself, the modules beside the rooms, and the options of every room."""
-FOR_ALL = {"errors", "atomic_io", "option_rules"}
+FOR_ALL = {"errors", "atomic_io", "json_text", "option_rules"}
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "os.system", "os.popen", "eval", "exec"}
 """Calls that run what they read."""

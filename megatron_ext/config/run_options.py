@@ -163,6 +163,8 @@ class LoggingOptions:
     stream and its gradient by depth. Such a step takes up to half as long again. null: never."""
     ledger: bool = False
     """Write the documents of every step into ``ledger/`` in the run directory. Those of skipped steps are written there in any case."""
+    digests_every: int | None = None
+    """Write digests of all gradients and parameters to digests.jsonl every this many steps, for ``tools/compare_runs.py``. null: never."""
     tensorboard: bool = True
     """Write TensorBoard events through DeepSpeed's monitor."""
     straggler_ratio: float = 1.5
@@ -177,10 +179,8 @@ class LoggingOptions:
             (self.every >= 1, "every", self.every, "a number of steps, at least 1"),
             (self.straggler_ratio > 1, "straggler_ratio", self.straggler_ratio, "more than 1"),
             (self.straggler_steps >= 1, "straggler_steps", self.straggler_steps, "a number of steps, at least 1"),
-            (
-                self.probes_every is None or self.probes_every >= 1,
-                "probes_every",
-                self.probes_every,
-                "a number of steps, at least 1, or null",
+            *(
+                (every is None or every >= 1, key, every, "a number of steps, at least 1, or null")
+                for key, every in (("probes_every", self.probes_every), ("digests_every", self.digests_every))
             ),
         )

@@ -101,6 +101,12 @@ class RunConfig(BaseModel):
                 self.logging.profile and self.logging.profile.steps,
                 f"steps of the run, which has {steps}",
             ),
+            (
+                sharding == "whole_tensor" or self.logging.digests_every is None,
+                "logging.digests_every",
+                self.logging.digests_every,
+                f"null with optimizer.sharding {sharding}: DeepSpeed's ZeRO keeps no gradients to be read",
+            ),
             (has_vocabulary, "tokenizer", self.tokenizer, "a directory; null with model.init_from or model.vocab_size"),
         )
         return self

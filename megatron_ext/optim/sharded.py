@@ -62,6 +62,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             the norm is finite.
         overflow: True if the last update was left out; DeepSpeed's word for it.
         updates: steps that were not skipped.
+        observe: is shown the gradients of the step, over all ranks each part once, before anything changes them; None: nobody looks.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.grad_norm = 0.0
         self.overflow = False
         self.updates = 0
+        self.observe: Callable[[list[tuple[OwnedBox, torch.Tensor]]], None] | None = None
 
     def expect_backwards(self, count: int) -> None:
         """A step begins, in which this rank runs ``count`` backward passes."""
@@ -136,6 +138,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """One update from the gradients accumulated since the last; left out on every rank if the gate refuses their global norm."""
         self._reduced = dict(self._reduction.finish())
         self._sum_replicas()
+        if self.observe is not None:
+            self.observe(self._counted())
         self._extensions.prepare(self.updates + 1)
         for part, gradient in self._reduced.items() if self._extensions else ():
             self._extensions.change_gradient(part, gradient)
@@ -209,11 +213,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for gradient, total in zip(gradients, unflatten(flat, [gradient.shape for gradient in gradients]), strict=True):
                 gradient.copy_(total)
 
+    def _counted(self) -> list[tuple[OwnedBox, torch.Tensor]]:
+        """Gradients of this rank's parts; over all ranks, those of each part once."""
+        return [each for each in self._reduced.items() if self.placements[each[0].name].replicas[0] == self._grid.world.rank]
+
     def _global_norm(self) -> float:
         """Norm of the whole model's gradient; of replicas, the first one counts."""
-        counting = {part: g for part, g in self._reduced.items() if self.placements[part.name].replicas[0] == self._grid.world.rank}
-        norms = torch.stack(torch._foreach_norm(list(counting.values()))).double() if counting else torch.zeros(0, dtype=torch.float64)
-        self._norms = [part.name for part in counting], norms
+        counting = self._counted()
+        norms = torch._foreach_norm([gradient for _, gradient in counting])
+        norms = torch.stack(norms).double() if counting else torch.zeros(0, dtype=torch.float64)
+        self._norms = [part.name for part, _ in counting], norms
         return math.sqrt(float(self._grid.world.sum(norms.square().sum())))
 
     def _update(self) -> None:

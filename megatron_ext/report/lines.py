@@ -1,12 +1,12 @@
 """Files of one JSON record a line, which may be written to while they are read."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import DataError
+from megatron_ext.json_text import parse_json
 from megatron_ext.report.records import Record, parse_record
 
 
@@ -22,7 +22,7 @@ def read_lines(path: Path) -> tuple[list[bytes], bool]:
     if not last:
         return lines, False
     try:
-        json.loads(last)
+        parse_json(last)
     except ValueError:
         return lines, True
     return [*lines, last], False
@@ -42,7 +42,7 @@ def last_objects(path: Path, most_bytes: int = 1 << 18) -> Iterator[dict[str, An
     except FileNotFoundError:
         return
     # Without a first line that lost its beginning, and what follows the last newline.
-    yield from map(json.loads, lines[bool(begin) : -1])
+    yield from map(parse_json, lines[bool(begin) : -1])
 
 
 def parse_lines(lines: list[bytes], path: Path) -> Iterator[Record]:
@@ -53,6 +53,6 @@ def parse_lines(lines: list[bytes], path: Path) -> Iterator[Record]:
     """
     for number, line in enumerate(lines, start=1):
         try:
-            yield parse_record(json.loads(line))
+            yield parse_record(parse_json(line))
         except ValueError as error:
             raise DataError(f"{path}:{number}: not a record of metrics: {error}; the line is {line[:80]!r}") from None

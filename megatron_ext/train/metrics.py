@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.atomic_io import atomic_open
+from megatron_ext.errors import DataError
+from megatron_ext.json_text import parse_json
+from megatron_ext.option_rules import shown
 from megatron_ext.train.events import append_event
 
 METRICS_FILE = "metrics.jsonl"
@@ -21,12 +24,13 @@ class MetricsWriter:
         run_dir: where both files lie.
         step: metrics of later steps are dropped: a resumed run computes those steps again. Events stay: they happened.
         active: False on ranks that do not write.
+        name: of the file of metrics.
     """
 
-    def __init__(self, run_dir: Path, step: int, active: bool) -> None:
+    def __init__(self, run_dir: Path, step: int, active: bool, name: str = METRICS_FILE) -> None:
         self._run_dir, self._file = run_dir, None
         if active:
-            path = run_dir / METRICS_FILE
+            path = run_dir / name
             _drop_after(path, step)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
@@ -56,11 +60,21 @@ class MetricsWriter:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as old, atomic_open(path) as new:
-        for line in old:
+    with open(path, "rb") as old, atomic_open(path, "wb") as new:
+        for number, line in enumerate(old, start=1):
             # A line without its end was cut off when the run was killed; its step is computed again.
-            if line.endswith("\n") and 0 <= json.loads(line)["step"] <= step and step > 0:
+            if step > 0 and line.endswith(b"\n") and 0 <= _step_of(line, f"{path}:{number}") <= step:
                 new.write(line)
+
+
+def _step_of(line: bytes, place: str) -> int:
+    try:
+        step = parse_json(line)["step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place}: {line[:80]!r} is no record ({error}); accepted: lines as the run wrote them, or no file") from error
+    if not isinstance(step, int):
+        raise DataError(f"{place}: step is {shown(step)}; accepted: a whole number")
+    return step
 
 
 def length_histogram(lengths: Iterable[int]) -> dict[str, int]:

@@ -30,6 +30,7 @@ from megatron_ext.train.console import Console
 from megatron_ext.train.cost_correction import CostCorrection
 from megatron_ext.train.costs import cost_model
 from megatron_ext.train.data_events import DataEvent, DataWatch
+from megatron_ext.train.digests import build_digests
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.events import start_event
@@ -100,6 +101,7 @@ class Trainer:
         self.profile = StepProfile(self.config.logging.profile, self.run_dir, self.world)
         self.console = Console(self.world.is_main, self.total_steps)
         self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
+        self.digests = build_digests(self.config, self.optimizer, setup.model, self.world, self.step)
         self.ledger.begin(self.step, self.guard.rollbacks, setup.mixture.state_dict())
         checkpoints = CheckpointWriter(
             self.run_dir / CHECKPOINTS,
@@ -139,6 +141,8 @@ class Trainer:
         self.world.activity.end()
         self.metrics.close()
         self.ledger.close()
+        if self.digests is not None:
+            self.digests.close()
         self.engine.close()
 
     def _train(self) -> None:
@@ -198,10 +202,14 @@ class Trainer:
         if self.precision.begin_step(self.step, self.tokens):
             self._say_switched()
         packs, loss_weight = self._weighted(packs)
+        if self.digests is not None:
+            self.digests.begin_step(self.step)
         with self._watched() as reading:
             result = self.engine.step(packs, loss_weight, asked, self.guard.judge)
         activity.begin("record")
         self.precision.end_step()
+        if self.digests is not None:
+            self.digests.end_step(self.step, pieces, result.loss, factor * self.config.optimizer.lr)
         if self._due(self.config.train.check_replicas_every):
             self.optimizer.check_replicas()
         synchronize(self.world.device)
