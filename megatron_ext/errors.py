@@ -2,7 +2,14 @@
 
 
 class MegatronExtError(Exception):
-    """Base of every error that is caused by input and not by a defect of this package."""
+    """Base of every error that is caused by input and not by a defect of this package.
+
+    A message quotes what files hold. Control characters and lone surrogates are escaped, so that it can be printed and steers no terminal.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if text.isprintable() else "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
 class ConfigError(MegatronExtError, ValueError):

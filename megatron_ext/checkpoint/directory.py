@@ -78,7 +78,10 @@ def latest(root: Path) -> Path | None:
             raise CheckpointError(f"{pointer} is missing, but {root} has {len(saved)} checkpoints")
         # A first save that was killed between the rename and the pointer is whole.
         return saved[0] if saved else None
-    name = pointer.read_text("utf-8", errors="replace").strip()
+    try:
+        name = pointer.read_text("utf-8", errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{pointer}: {error.strerror}; accepted: a file with the name of a checkpoint") from error
     if not _STEP.fullmatch(name):
         raise CheckpointError(f"{pointer} says {name[:80]!r}; accepted: the name of a checkpoint such as step_00000100")
     return root / name

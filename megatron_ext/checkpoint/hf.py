@@ -1,6 +1,5 @@
 """Weights in Hugging Face directories: config.json and safetensors, one file or many. Pickled weights are never read."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ext.atomic_io import write_json
+from megatron_ext.checkpoint.contained import is_contained
 from megatron_ext.checkpoint.hf_config import config_from_hf, config_to_hf
 from megatron_ext.checkpoint.tensor_file import write_tensors
 from megatron_ext.errors import CheckpointError
+from megatron_ext.json_text import parse_json
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT, parameter_shapes
 from megatron_ext.model.placements import parameter_boxes
@@ -28,7 +29,7 @@ def read_hf_json(directory: str | Path, name: str = "config.json") -> dict[str, 
     """An object from a JSON file of ``directory``. Raises CheckpointError if it is missing or no JSON object."""
     path = Path(directory) / name
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; a Hugging Face model directory is needed") from error
     except (OSError, ValueError) as error:
@@ -78,7 +79,7 @@ def hf_tensor_reader(directory: str | Path, config: ModelConfig) -> Callable[[st
 def _checked_files(directory: str | Path, config: ModelConfig) -> dict[str, Path]:
     """The file of each parameter of ``config``; errors as ``load_hf_weights``."""
     files = _locate(Path(directory), tied=config.tie_embeddings)
-    _check(files, parameter_shapes(config))
+    _check(Path(directory), files, parameter_shapes(config))
     return files
 
 
@@ -186,8 +187,8 @@ def _read_index(directory: Path) -> dict[str, Path]:
     weight_map = read_hf_json(directory, INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{directory / INDEX} has no weight_map")
-    for file in sorted(set(map(str, weight_map.values()))):
-        if Path(file).name != file or not file.endswith(".safetensors"):
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{directory / INDEX} names {file!r}; only .safetensors files of the same directory are accepted")
     present = {file: _header(directory / file) for file in set(weight_map.values())}
     for name, file in weight_map.items():
@@ -198,6 +199,8 @@ def _read_index(directory: Path) -> dict[str, Path]:
 
 def _header(path: Path) -> set[str]:
     """Names of the tensors of a file."""
+    if not is_contained(path.parent, path.name):
+        raise CheckpointError(f"{path} is a link that leads out of its directory; accepted are files of the same directory")
     try:
         with safe_open(path, framework="pt") as file:
             return set(file.keys())
@@ -207,12 +210,12 @@ def _header(path: Path) -> set[str]:
         raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
 
 
-def _check(files: Mapping[str, Path], shapes: Mapping[str, torch.Size]) -> None:
+def _check(directory: Path, files: Mapping[str, Path], shapes: Mapping[str, torch.Size]) -> None:
     """Compare names, shapes and kinds of dtype with the model's, from the headers alone."""
     if missing := shapes.keys() - files.keys():
-        raise CheckpointError(f"tensors are missing: {_some(missing)}")
+        raise CheckpointError(f"{directory}: tensors are missing: {_some(missing)}")
     if unexpected := files.keys() - shapes.keys():
-        raise CheckpointError(f"tensors that the model does not have: {_some(unexpected)}")
+        raise CheckpointError(f"{directory}: tensors that the model does not have: {_some(unexpected)}")
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for name in sorted(name for name in files if files[name] == path):

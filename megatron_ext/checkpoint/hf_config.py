@@ -1,12 +1,14 @@
 """Between ``ModelConfig`` and the config.json of Llama, Mistral, Qwen2 and Qwen3, or of this package where none of them has the model."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_ext.checkpoint.hf_rope import rope_from_hf, rope_to_hf
 from megatron_ext.checkpoint.own_config import OWN_TYPE, no_family_has, own_config, read_own_config
 from megatron_ext.errors import CheckpointError, ConfigError
-from megatron_ext.model.config import ModelConfig
+from megatron_ext.model.config import LARGEST_SIZE, ModelConfig
+from megatron_ext.option_rules import shown
 
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
@@ -31,6 +33,24 @@ REQUIRED_VALUES: Mapping[str, tuple[Any, str]] = {
 """Keys whose other values describe a model that cannot be built here: the value accepted and why."""
 
 
+KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "max_position_embeddings", "sliding_window"),
+        ),
+        (lambda value: type(value) is int and 0 < value <= LARGEST_SIZE, f"a whole number from 1 to {LARGEST_SIZE}"),
+    ),
+    **dict.fromkeys(
+        ("rms_norm_eps", "initializer_range"),
+        (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number, at least 0"),
+    ),
+    "tie_word_embeddings": (lambda value: type(value) is bool, "true or false"),
+    "layer_types": (lambda value: isinstance(value, list), "a list"),
+}
+"""Keys whose values are read, and what they may be."""
+
+
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes, in the layout of transformers 5 (``rope_parameters``) or 4 (``rope_theta``).
 
@@ -40,9 +60,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     family = hf.get("model_type")
     if family == OWN_TYPE:
         return read_own_config(hf)
-    if family not in FAMILY_DEFAULTS:
+    if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
         raise CheckpointError(f"config.json: model_type is {family!r}; accepted are {', '.join(FAMILY_DEFAULTS)} and {OWN_TYPE}")
     hf = {**FAMILY_DEFAULTS[family], **hf}
+    _check_kinds(hf)
     _refuse_other_values(hf)
     _refuse_sliding_window(hf)
     hidden_size, num_heads = _require(hf, "hidden_size"), _require(hf, "num_attention_heads")
@@ -116,7 +137,7 @@ def _family(config: ModelConfig) -> tuple[str, str]:
 def _refuse_other_values(hf: Mapping[str, Any]) -> None:
     for key, (accepted, reason) in REQUIRED_VALUES.items():
         if key in hf and hf[key] is not None and hf[key] != accepted:
-            raise CheckpointError(f"config.json: {key} is {hf[key]!r}; only {accepted!r} is supported: {reason}")
+            raise CheckpointError(f"config.json: {key} is {shown(hf[key])}; only {accepted!r} is supported: {reason}")
 
 
 def _refuse_sliding_window(hf: Mapping[str, Any]) -> None:
@@ -126,13 +147,21 @@ def _refuse_sliding_window(hf: Mapping[str, Any]) -> None:
             f"config.json: sliding_window is {window}, below max_position_embeddings ({hf['max_position_embeddings']}), so it is in use; "
             "only null, or a window no smaller than that, is supported"
         )
-    kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
+    kinds = [kind for kind in hf.get("layer_types") or () if kind != "full_attention"]
     if kinds:
-        raise CheckpointError(f"config.json: layer_types has {', '.join(sorted(kinds))}; only full_attention is supported")
+        raise CheckpointError(f"config.json: layer_types has {shown(kinds[0])}; only full_attention is supported")
+
+
+def _check_kinds(hf: Mapping[str, Any]) -> None:
+    """What is read of a config.json is of the kinds that it must be, or null."""
+    for key, (fits, accepted) in KINDS.items():
+        value = hf.get(key)
+        if value is not None and not fits(value):
+            raise CheckpointError(f"config.json: {key} is {shown(value)}; accepted: {accepted}")
 
 
 def _require(hf: Mapping[str, Any], key: str) -> int:
-    if not isinstance(hf.get(key), int):
+    if hf.get(key) is None:
         raise CheckpointError(f"config.json: {key} is {hf.get(key)!r}; a number is needed")
     return hf[key]
 

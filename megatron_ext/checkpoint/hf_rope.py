@@ -9,8 +9,10 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.model.config import DEFAULT_THETA
 from megatron_ext.model.rope_options import RopeKind, RopeOptions
 from megatron_ext.model.rope_scaling import RopeScaling, resolve_rope, yarn_attention_factor, yarn_by_ratio
-from megatron_ext.option_rules import OptionError
+from megatron_ext.option_rules import OptionError, shown
 
+LARGEST = 1e18
+"""Of any number of rotary positions."""
 LAYOUTS = ("rope_parameters", "rope_scaling")
 ORIGINAL = "original_max_position_embeddings"
 NAMES: Mapping[str, str] = {
@@ -96,7 +98,7 @@ def _layouts(hf: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for key in LAYOUTS:
         rope = hf.get(key) or {}
         if not isinstance(rope, Mapping):
-            raise CheckpointError(f"config.json: {key} is {rope!r}; an object is needed")
+            raise CheckpointError(f"config.json: {key} is {shown(rope)}; an object is needed")
         yield from [(key, rope)] if rope else []
 
 
@@ -106,9 +108,9 @@ def _kind(rope: Mapping[str, Any]) -> str:
 
 def _options(hf: Mapping[str, Any], key: str, rope: Mapping[str, Any]) -> RopeOptions:
     kind, kinds = _kind(rope), [kind for kind in get_args(RopeKind) if kind != "ntk"]
-    if kind not in kinds:
-        why = f": {OTHER_KINDS[kind]}" if kind in OTHER_KINDS else ""
-        raise CheckpointError(f"config.json: {key} has rope_type {kind!r}; supported are {', '.join(kinds)}{why}")
+    if not isinstance(kind, str) or kind not in kinds:
+        why = f": {OTHER_KINDS[kind]}" if isinstance(kind, str) and kind in OTHER_KINDS else ""
+        raise CheckpointError(f"config.json: {key} has rope_type {shown(kind)}; supported are {', '.join(kinds)}{why}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"config.json: {key} has partial_rotary_factor {rope['partial_rotary_factor']}; only 1.0 is supported")
     if unknown := set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *NAMES}:
@@ -127,6 +129,6 @@ def _options(hf: Mapping[str, Any], key: str, rope: Mapping[str, Any]) -> RopeOp
 
 def _checked(name: str, value: Any, key: str) -> Any:
     accepted = (bool,) if name == "truncate" else (int, float)
-    if type(value) not in accepted:
-        raise CheckpointError(f"config.json: {key}: {name} is {value!r}; accepted: {accepted[-1].__name__}")
+    if type(value) not in accepted or not -LARGEST < value < LARGEST:
+        raise CheckpointError(f"config.json: {key}: {name} is {shown(value)}; accepted: {accepted[-1].__name__}")
     return value

@@ -4,12 +4,25 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from megatron_ext.checkpoint.contained import is_contained
 from megatron_ext.errors import CheckpointError
+from megatron_ext.json_text import parse_json
+from megatron_ext.option_rules import shown
 
 STATE_FILE = "trainer_state.json"
 Entry = dict[str, Any]
+_NEEDED = ("step", "files")
+_KINDS: Mapping[str, tuple[type, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("step", "tokens", "skipped_steps", "updates"), (int, "a whole number")),
+        **dict.fromkeys(("files", "tokens_by_source", "data", "settings"), (dict, "an object")),
+        "rng": (str, "text"),
+    }
+)
+"""Of what resuming reads, the kinds of its values."""
 
 
 def file_entry(path: Path) -> Entry:
@@ -36,11 +49,17 @@ def read_state(directory: Path) -> dict[str, Any]:
     """
     path = directory / STATE_FILE
     try:
-        state = json.loads(path.read_text("utf-8"))
+        state = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(state, dict) or state.get("sha256") != _self_hash(state):
         raise CheckpointError(f"{path} is altered: its contents do not have the hash that was saved with them")
+    for key, (kind, accepted) in _KINDS.items():
+        if (key in state and type(state[key]) is not kind) or (key not in state and key in _NEEDED):
+            raise CheckpointError(f"{path}: {key} is {shown(state.get(key))}; accepted: {accepted}")
+    for name, entry in state["files"].items():
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise CheckpointError(f"{path}: files.{name} is {shown(entry)}; accepted: an object with bytes and sha256")
     return state
 
 
@@ -49,7 +68,7 @@ def damaged_files(directory: Path, files: Mapping[str, Entry], names: Iterable[s
     messages = []
     for name in names:
         path, entry = directory / name, files[name]
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not is_contained(directory, name):
             messages.append(f"{directory / STATE_FILE} lists {name!r}, which is outside the checkpoint")
         elif not path.is_file():
             messages.append(f"{path} is missing")

@@ -5,7 +5,6 @@ parameter, or for its first ones (a number for each row); ``optimizer/index.json
 run, on any grid, reads just the boxes that it owns then.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ext.checkpoint.finite import require_finite
+from megatron_ext.checkpoint.optimizer_index import checked_parameters
 from megatron_ext.checkpoint.tensor_file import host_copy, tensor_file
 from megatron_ext.errors import CheckpointError
+from megatron_ext.json_text import parse_json
 from megatron_ext.optim.ownership import OwnedBox
 from megatron_ext.parallel.placement import Box, box_shape, intersection, slices
 
@@ -107,12 +108,10 @@ class OwnedStateReader:
         self._directory = directory
         path = directory / FOLDER / INDEX
         try:
-            index = json.loads(path.read_text("utf-8"))
+            index = parse_json(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
-        if index.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: format is {index.get('format')!r}; this version reads {FORMAT}")
-        self._parameters: dict[str, dict[str, Any]] = index["parameters"]
+        self._parameters = checked_parameters(index, FORMAT, directory, path)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -130,6 +129,8 @@ class OwnedStateReader:
             ranges = _ranges(wanted.box) or "all"
             raise CheckpointError(f"{self._directory / FOLDER}: {wanted.name}[{ranges}] is not there, each value exactly once")
         first = found[0][0]
+        if any(part["kinds"] != first["kinds"] for part, _, _ in found):
+            raise CheckpointError(f"{self._directory / FOLDER}: {wanted.name}: its parts do not have the same kinds of values")
         values = {kind: self._assemble(wanted, kind, dimensions, found) for kind, dimensions in first["kinds"].items()}
         return values | {kind: torch.tensor(value) for kind, value in first["scalars"].items()}
 
@@ -150,6 +151,8 @@ class OwnedStateReader:
         try:
             with safe_open(path, framework="pt") as file:
                 saved = file.get_slice(_key(name, kind, box))
+                if saved.get_shape() != list(box_shape(box)):
+                    raise CheckpointError(f"{path}: {name} ({kind}) has shape {saved.get_shape()}; accepted: {list(box_shape(box))}")
                 return saved[slices(shared, box)] if box else saved[...]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {name} ({kind}): {error}") from error

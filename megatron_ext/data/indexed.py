@@ -7,19 +7,20 @@ and int64 document boundaries counted in sequences. All integers are little-endi
 
 import hashlib
 import mmap
-import os
 import struct
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.mapped import MappedFile
 from megatron_ext.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+ACCEPTED = "a .bin/.idx pair of one prefix"
 CHUNK = 1 << 20  # index entries handled at once, so that opening a large set needs little memory
 
 
@@ -49,7 +50,8 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self.bin_path, self.index_path = bin_path(prefix), index_path(prefix)
-        index = _map_file(self.index_path)
+        self._index, self._bin = MappedFile(self.index_path, ACCEPTED), MappedFile(self.bin_path, ACCEPTED)
+        index = self._index.content
         self.dtype, sequences, boundaries = self._read_header(index)
         arrays = HEADER.size
         self._sequence_lengths = np.frombuffer(index, "<i4", sequences, arrays)
@@ -99,7 +101,10 @@ class IndexedDataset:
 
         Raises:
             IndexError: no such document, or a range that is not inside it.
+            DataError: one of the files has become shorter since it was opened.
         """
+        self._index.check_size()
+        self._bin.check_size()
         if not 0 <= document < len(self):
             raise IndexError(f"{self.prefix}: document {document} of {len(self)}")
         begin, end = (int(offset) for offset in self._starts(self._boundaries[document : document + 2]))
@@ -142,10 +147,9 @@ class IndexedDataset:
         return dtype.newbyteorder("<"), sequences, boundaries
 
     def _map_tokens(self) -> np.ndarray:
-        tokens = _map_file(self.bin_path)
-        if len(tokens) % self.dtype.itemsize:
-            raise DataError(f"{self.bin_path}: {len(tokens)} bytes, expected a multiple of {self.dtype.itemsize} ({self.dtype.name})")
-        return np.frombuffer(tokens, self.dtype)
+        if len(self._bin) % self.dtype.itemsize:
+            raise DataError(f"{self.bin_path}: {len(self._bin)} bytes, expected a multiple of {self.dtype.itemsize} ({self.dtype.name})")
+        return np.frombuffer(self._bin.content, self.dtype)
 
     def _check_sequences(self) -> None:
         """The sequences lie one after the other in the .bin and fill it."""
@@ -171,13 +175,3 @@ class IndexedDataset:
         if not len(boundaries) or boundaries[0] != 0 or boundaries[-1] != len(self._pointers) or not rising:
             ends = f"{boundaries[0]} to {boundaries[-1]}" if len(boundaries) else "empty"
             raise DataError(f"{self.index_path}: document boundaries are {ends}, expected to rise from 0 to {len(self._pointers)}")
-
-
-def _map_file(path: Path) -> bytes | mmap.mmap:
-    """A file's contents, read-only and memory-mapped."""
-    try:
-        with open(path, "rb") as file:
-            empty = os.fstat(file.fileno()).st_size == 0  # an empty file cannot be mapped
-            return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}, expected a .bin/.idx pair of one prefix") from error

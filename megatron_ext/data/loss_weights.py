@@ -3,13 +3,13 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ext.data.corpus import Corpus, Piece
+from megatron_ext.data.mapped import Float32File
 from megatron_ext.errors import DataError
 
 Weights = float | NDArray[np.float32]
@@ -78,17 +78,17 @@ class WeightFiles:
 
     def of(self, document: int, tokens: slice) -> Weights:
         """Weights of some tokens of a document."""
-        constant = 1.0 if self._documents is None else float(self._documents[document])
+        constant = 1.0 if self._documents is None else float(self._documents.values[document])
         if self._tokens is None:
             return constant
         first = int(self._first[document])
-        return self._tokens[first + tokens.start : first + tokens.stop] * np.float32(constant)
+        return self._tokens.values[first + tokens.start : first + tokens.stop] * np.float32(constant)
 
     def fingerprint(self) -> str:
         """Hash of all weights."""
         digest = hashlib.blake2b(digest_size=16)
         for values in (self._documents, self._tokens):
-            digest.update(b"none" if values is None else np.ascontiguousarray(values))
+            digest.update(b"none" if values is None else np.ascontiguousarray(values.values))
         return digest.hexdigest()
 
 
@@ -98,20 +98,15 @@ def source_weights(corpora: Sequence[Corpus]) -> SourceWeights | None:
     return SourceWeights(files) if any(files) else None
 
 
-def _load(path: str | None, count: int, of_what: str, source: str) -> NDArray[np.float32] | None:
+def _load(path: str | None, count: int, of_what: str, source: str) -> Float32File | None:
     if path is None:
         return None
-    try:
-        values = np.load(Path(path), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}; accepted are .npy files of float32, the weights of source {source!r}") from error
-    if values.dtype != np.float32 or values.shape != (count,):
-        seen = f"{values.dtype} {list(values.shape)}"
-        raise DataError(f"{path}: {seen}; accepted is float32 [{count}], a weight for each of the {of_what} of source {source!r}")
+    file = Float32File(path, count, f"float32 [{count}] in a .npy file, a weight for each of the {of_what} of source {source!r}")
+    values = file.values
     for begin in range(0, count, CHUNK):
         chunk = values[begin : begin + CHUNK]
         wrong = ~(np.isfinite(chunk) & (chunk >= 0))
         if wrong.any():
             at = int(wrong.argmax())
             raise DataError(f"{path}: value {begin + at} is {chunk[at]}; accepted are finite weights of at least 0")
-    return values
+    return file

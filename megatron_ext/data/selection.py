@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.data.indexed import IndexedDataset
+from megatron_ext.data.mapped import Float32File
 from megatron_ext.data.options import SourceOptions
 from megatron_ext.data.permutation import hashes
 from megatron_ext.errors import DataError
@@ -16,20 +17,14 @@ CHUNK = 1 << 20
 
 
 def read_scores(options: SourceOptions, documents: int) -> np.ndarray:
-    """The scores of a source's documents, float32 [documents], memory-mapped.
+    """The scores of a source's documents, float32 [documents].
 
     Raises:
         DataError: the file cannot be read or is no float32 array with a finite number for each document.
     """
     assert options.scores is not None, "asked for by the caller"
-    wanted = f"accepted: a .npy file of float32 [{documents:,}], a score for each document of source {options.name!r}"
-    try:
-        scores = np.load(options.scores, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{options.scores}: {error}; {wanted}") from error
-    if not isinstance(scores, np.ndarray) or scores.dtype != np.float32 or scores.shape != (documents,):
-        shape = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, np.ndarray) else type(scores).__name__
-        raise DataError(f"{options.scores}: {shape}; {wanted}")
+    wanted = f"a .npy file of float32 [{documents:,}], a score for each document of source {options.name!r}"
+    scores = np.array(Float32File(options.scores, documents, wanted).values)
     if not np.isfinite(scores).all():
         bad = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,9 +10,12 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.options import ModelOptions
 from megatron_ext.model.rope_scaling import RopeScaling, resolve_rope
+from megatron_ext.option_rules import shown
 
 DEFAULT_EPS, SS_EPS = 1e-5, 1e-6
 DEFAULT_THETA = 10000.0
+LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 2**16
+"""Bounds of what sizes may be: names and shapes of all layers are made before any memory is."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,15 @@ class ModelConfig:
         """Refuse shapes that no model can have."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position")
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= (MOST_LAYERS if name == "num_layers" else LARGEST_SIZE):
+                raise ConfigError(f"model.{name} is {shown(getattr(self, name))}; it must be at least 1, and of a size that a model has")
         for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be above 0")
         if not 0 < self.embedding_gradient_shrink <= 1:
             shrink = self.embedding_gradient_shrink
             raise ConfigError(f"model.embedding_gradient_shrink is {shrink}; it must be above 0 and at most 1")
-        if self.init_std < 0:
+        if not 0 <= self.init_std < math.inf:
             raise ConfigError(f"model.init_std is {self.init_std}; it must not be negative")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model.num_kv_heads is {self.num_kv_heads}; it must divide model.num_heads ({self.num_heads})")

@@ -220,8 +220,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _global_norm(self) -> float:
         """Norm of the whole model's gradient; of replicas, the first one counts."""
         counting = self._counted()
-        norms = torch._foreach_norm([gradient for _, gradient in counting])
-        norms = torch.stack(norms).double() if counting else torch.zeros(0, dtype=torch.float64)
+        norms = torch.zeros(0, dtype=torch.float64)
+        if counting:
+            norms = torch.stack(torch._foreach_norm([gradient for _, gradient in counting])).double()
         self._norms = [part.name for part, _ in counting], norms
         return math.sqrt(float(self._grid.world.sum(norms.square().sum())))
 

@@ -13,6 +13,21 @@ PATIENCE_SECONDS = 10.0
 """What a network file system may take until a new file is seen everywhere."""
 
 
+def prove_writable(directory: Path) -> None:
+    """Make ``directory``, which may be a link to one, and write into it; called on one rank before it meets others.
+
+    Raises:
+        ConfigError: says why nothing can be written there.
+    """
+    probe = directory / f".writable.{secrets.token_hex(8)}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run_dir is {str(directory)!r}: {error.strerror}; accepted: a directory that can be written to") from error
+
+
 def prove_shared(directory: Path, world: World) -> None:
     """Let rank 0 leave a word in ``directory``, which exists there, and every rank read it. All ranks call it and all raise.
 

@@ -1,11 +1,11 @@
 """Cost models as JSON: what calibration writes, runs read and checkpoints keep."""
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.json_text import parse_json
 from megatron_ext.planning.cost_model import AttentionShape, CostModel, Curve
 
 FORMAT_VERSION = 1
@@ -51,7 +51,7 @@ def cost_from_json(values: Any, name: str) -> CostModel:
 def load_cost_model(path: str) -> CostModel:
     """Read a cost model. Raises ConfigError naming the file and what is wrong in it."""
     try:
-        values = json.loads(Path(path).read_text("utf-8"))
+        values = parse_json(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"planning.cost_model is {path!r}, which is no readable JSON ({error}); tools/calibrate.py writes one") from error
     return cost_from_json(values, path)

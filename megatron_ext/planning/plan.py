@@ -14,6 +14,8 @@ from megatron_ext.errors import ConfigError
 IntArray = NDArray[np.int64]
 
 FORMAT_VERSION = 2
+MOST_RANKS = 2**20
+"""That a plan may claim to be for."""
 HEADER = 4
 """Numbers before the packs of an encoded plan."""
 
@@ -171,8 +173,13 @@ class Plan:
         heads = encoded[HEADER:packs_end].reshape(-1, 4) if 0 <= num_packs and packs_end <= len(encoded) else None
         if heads is None or (heads[:, 3] < 0).any() or len(encoded) != packs_end + 3 * int(heads[:, 3].sum(dtype=np.int64)):
             raise ConfigError(f"encoded plan is cut or garbled: {len(encoded)} numbers for {num_packs} packs")
+        bounds = encoded[packs_end:].reshape(-1, 3)
+        if in_rounds > 1 or not 1 <= num_ranks <= MOST_RANKS or (encoded < 0).any() or (bounds[:, 1] > bounds[:, 2]).any():
+            raise ConfigError(
+                f"encoded plan is garbled: {num_ranks} ranks, of at most {MOST_RANKS}; numbers below 0, or a slice that ends first"
+            )
         with _collector_paused():
-            slices = [*map(Slice, *(column.tolist() for column in encoded[packs_end:].reshape(-1, 3).T))]
+            slices = [*map(Slice, *(column.tolist() for column in bounds.T))]
             ends = np.cumsum(heads[:, 3])
             parts = [tuple(slices[begin:end]) for begin, end in zip((ends - heads[:, 3]).tolist(), ends.tolist(), strict=True)]
             packs = tuple(map(Pack, heads[:, 0].tolist(), heads[:, 1].tolist(), parts, heads[:, 2].tolist()))
@@ -287,11 +294,8 @@ def _rounds_are_whole(heads: IntArray, num_ranks: int) -> bool:
     """Whether the list goes round by round, each covering every rank once."""
     first, degree = heads[:, 0], heads[:, 1]
     before = np.cumsum(degree) - degree
-    rounds, rest = divmod(int(degree.sum()), num_ranks)
-    if rest or (before % num_ranks + degree > num_ranks).any():
+    if degree.sum() % num_ranks or (before % num_ranks + degree > num_ranks).any():
         return False
-    edges = np.zeros(rounds * num_ranks + 1, dtype=np.int64)
     begin = before // num_ranks * num_ranks + first
-    np.add.at(edges, begin, 1)
-    np.add.at(edges, begin + degree, -1)
-    return bool((np.cumsum(edges)[:-1] == 1).all())
+    order = np.argsort(begin, kind="stable")
+    return bool((begin[order] == np.cumsum(degree[order]) - degree[order]).all())

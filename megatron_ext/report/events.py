@@ -1,6 +1,5 @@
 """Reads ``events.jsonl``: what happened to a run, in the order in which it happened, also what a later start undid."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def read_events(run_dir: Path) -> list[EventRecord]:
     events = list(parse_lines(lines, path))
     for number, event in enumerate(events, start=1):
         if not isinstance(event, EventRecord):
-            raise DataError(f"{path}:{number}: not an event; the line is {json.dumps(lines[number - 1].decode())[:80]}")
+            raise DataError(f"{path}:{number}: not an event; the line is {lines[number - 1][:80]!r}")
     return events
 
 
@@ -37,7 +36,7 @@ def latest_events(run_dir: Path) -> list[EventRecord]:
     path = Path(run_dir) / "metrics.jsonl"
     try:
         old = [parse_record(line) for line in last_objects(path) if line.get("kind") == "event"]
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: a line near its end is not a record of metrics: {error}") from None
     return standing([*old, *read_events(run_dir)])
 

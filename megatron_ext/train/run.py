@@ -12,7 +12,7 @@ from megatron_ext.atomic_io import atomic_open
 from megatron_ext.config import RunConfig, dump_config, monitor_config
 from megatron_ext.parallel.hang import HangWatch
 from megatron_ext.parallel.heartbeat import Heartbeat
-from megatron_ext.parallel.shared_directory import prove_shared
+from megatron_ext.parallel.shared_directory import prove_shared, prove_writable
 from megatron_ext.parallel.world import COLLECTIVE_TIMEOUT, World, join_world, launched_ranks
 from megatron_ext.train.build import Setup, build_grid, prepare, run_shape
 from megatron_ext.train.events import append_event
@@ -36,6 +36,8 @@ def pretrain(config: RunConfig) -> None:
     run_shape(config, setup.model, launched_ranks()[1])
     check_ranks(config.logging.profile, launched_ranks()[1])
     check_monitors(monitor_config(config))
+    if launched_ranks()[0] == 0:
+        prove_writable(Path(config.run_dir))
     world = join_world(config.train.threads_per_rank)
     hangs = None if config.train.hang_timeout is None else HangWatch(config.train.hang_timeout, COLLECTIVE_TIMEOUT.total_seconds())
     heartbeat = Heartbeat(world, config.train.heartbeat_timeout, hangs, partial(_tell, config, world))
