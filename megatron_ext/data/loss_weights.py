@@ -101,7 +101,7 @@ def source_weights(corpora: Sequence[Corpus]) -> SourceWeights | None:
 def _load(path: str | None, count: int, of_what: str, source: str) -> Float32File | None:
     if path is None:
         return None
-    file = Float32File(path, count, f"float32 [{count}] in a .npy file, a weight for each of the {of_what} of source {source!r}")
+    file = Float32File(path, count, f"float32 [{count}], a weight for each of the {of_what} of source {source!r}, in a .npy file")
     values = file.values
     for begin in range(0, count, CHUNK):
         chunk = values[begin : begin + CHUNK]

@@ -27,12 +27,12 @@ class MappedFile:
         self.path, self.accepted = path, accepted
         try:
             if not path.is_file() and path.exists():
-                raise DataError(f"{path}: not a regular file, accepted: {accepted}")
+                raise DataError(f"{path}: not a regular file; accepted: {accepted}")
             with open(path, "rb") as file:
                 empty = os.fstat(file.fileno()).st_size == 0  # an empty file cannot be mapped
                 self._map = None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}, accepted: {accepted}") from error
+            raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}; accepted: {accepted}") from error
         self.content: bytes | mmap.mmap = b"" if self._map is None else self._map
 
     def __len__(self) -> int:

@@ -176,7 +176,7 @@ def test_rotary_base_of_the_older_layout() -> None:
         ({"model_type": "mistral", "sliding_window": 32}, "sliding_window is 32, below max_position_embeddings"),
         ({"model_type": "mistral", "max_position_embeddings": 32768}, "sliding_window is 4096"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "use_sliding_window is True"),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention, which is not supported"),

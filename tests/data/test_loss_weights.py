@@ -70,12 +70,12 @@ def test_the_fingerprint_is_of_the_values(tmp_path: Path) -> None:
     [
         (
             np.ones(3, dtype=np.float32),
-            r"float32 \[3\]; accepted is float32 \[4\], a weight for each of the documents of source 'weighted'",
+            r"float32 \[3\]; accepted: float32 \[4\], a weight for each of the documents of source 'weighted'",
         ),
-        (np.ones(4, dtype=np.float64), r"float64 \[4\]; accepted is float32"),
+        (np.ones(4, dtype=np.float64), r"float64 \[4\]; accepted: float32"),
         (np.array([1, 1, -1, 1], dtype=np.float32), r"value 2 is -1.0; accepted are finite weights of at least 0"),
         (np.array([1, np.nan, 1, 1], dtype=np.float32), "value 1 is nan"),
-        (np.array([{}, 1, 2, 3], dtype=object), "Python objects in dtype"),
+        (np.array([{}, 1, 2, 3], dtype=object), r"object \[4\]; accepted: float32"),
     ],
     ids=["length", "dtype", "negative", "nan", "pickle"],
 )
