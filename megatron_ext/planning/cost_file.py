@@ -6,9 +6,12 @@ from typing import Any
 
 from megatron_ext.errors import ConfigError
 from megatron_ext.json_text import parse_json
+from megatron_ext.option_rules import shown
 from megatron_ext.planning.cost_model import AttentionShape, CostModel, Curve
 
 FORMAT_VERSION = 1
+LARGEST = 1e300
+"""Of any number: sums and products of several stay finite where they are of use."""
 
 
 def cost_to_json(cost: CostModel) -> dict[str, Any]:
@@ -24,11 +27,11 @@ def cost_from_json(values: Any, name: str) -> CostModel:
     """
     if not isinstance(values, dict) or values.get("format") != FORMAT_VERSION:
         seen = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise ConfigError(f"{name}: format is {seen!r}; accepted: JSON with format {FORMAT_VERSION}, as tools/calibrate.py writes")
+        raise ConfigError(f"{name}: format is {shown(seen)}; accepted: JSON with format {FORMAT_VERSION}, as tools/calibrate.py writes")
     values = {key: value for key, value in values.items() if key not in ("format", "about")}
     _known(values, CostModel, name)
-    if not isinstance(values.get("tokens_per_rank"), int) or values["tokens_per_rank"] < 1:
-        raise ConfigError(f"{name}: tokens_per_rank is {values.get('tokens_per_rank')!r}; accepted: a number of tokens, at least 1")
+    if not isinstance(values.get("tokens_per_rank"), int) or not 1 <= values["tokens_per_rank"] < 2**63:
+        raise ConfigError(f"{name}: tokens_per_rank is {shown(values.get('tokens_per_rank'))}; accepted: a number of tokens, at least 1")
     converted: dict[str, Any] = {"tokens_per_rank": values.pop("tokens_per_rank")}
     for key, value in values.items():
         where = f"{name}: {key}"
@@ -61,22 +64,22 @@ def _known(values: dict[str, Any], kind: type, name: str) -> None:
     accepted = [field.name for field in fields(kind)]
     unknown = sorted(set(values) - set(accepted))
     if unknown:
-        raise ConfigError(f"{name}: unknown key {unknown[0]!r}; accepted: {', '.join(accepted)}")
+        raise ConfigError(f"{name}: unknown key {shown(unknown[0])}; accepted: {', '.join(accepted)}")
 
 
 def _shape(value: Any, where: str) -> AttentionShape:
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} is {value!r}; accepted: an object")
+        raise ConfigError(f"{where} is {shown(value)}; accepted: an object")
     _known(value, AttentionShape, where)
     for key, each in value.items():
         if not isinstance(each, int) or each < (0 if key == "layers" else 1):
-            raise ConfigError(f"{where}.{key} is {each!r}; accepted: a whole number, at least {0 if key == 'layers' else 1}")
+            raise ConfigError(f"{where}.{key} is {shown(each)}; accepted: a whole number, at least {0 if key == 'layers' else 1}")
     return AttentionShape(**value)
 
 
 def _curve(value: Any, where: str) -> Curve:
     if not isinstance(value, dict) or set(value) != {"bytes", "seconds"}:
-        raise ConfigError(f"{where} is {value!r}; accepted: an object with bytes and seconds")
+        raise ConfigError(f"{where} is {shown(value)}; accepted: an object with bytes and seconds")
     sent, seconds = _numbers(value["bytes"], f"{where}.bytes"), _numbers(value["seconds"], f"{where}.seconds")
     if len(sent) != len(seconds) or list(sent) != sorted(set(sent)):
         raise ConfigError(f"{where} has {len(sent)} bytes for {len(seconds)} seconds; accepted: as many, the bytes ascending")
@@ -85,7 +88,7 @@ def _curve(value: Any, where: str) -> Curve:
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where} is {value!r}; accepted: a list")
+        raise ConfigError(f"{where} is {shown(value)}; accepted: a list")
     return list(value)
 
 
@@ -94,6 +97,6 @@ def _numbers(value: Any, where: str) -> tuple[float, ...]:
 
 
 def _number(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ConfigError(f"{where} is {value!r}; accepted: a number, at least 0")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+        raise ConfigError(f"{where} is {shown(value)}; accepted: a number, at least 0")
     return float(value)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.errors import DataError
+from megatron_ext.option_rules import shown
 from megatron_ext.report.metrics import Run, read_run
 from megatron_ext.report.mixture_law import Points
 
@@ -154,5 +155,5 @@ def _number(path: Path, line: int, column: str, text: str | None) -> float:
         value = math.nan
     largest = 1.0 if column == "share" else math.inf
     if not 0 <= value <= largest or math.isinf(value) or (column.endswith("loss") and value == 0):
-        raise DataError(f"{path}:{line}: {column} is {text!r}; accepted: {accepted}")
+        raise DataError(f"{path}:{line}: {column} is {shown(text)}; accepted: {accepted}")
     return value

@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -117,7 +118,7 @@ def _place(random: Random, root: list[Any]) -> tuple[Any, Any]:
 
 
 def _replace(random: Random, owner: Any, key: Any) -> None:
-    owner[key] = random.choice(VALUES)
+    owner[key] = deepcopy(random.choice(VALUES))
 
 
 def _shift(random: Random, owner: Any, key: Any) -> None:
@@ -134,7 +135,7 @@ def _remove(random: Random, owner: Any, key: Any) -> None:
 
 
 def _add(random: Random, owner: Any, key: Any) -> None:
-    value = random.choice((*VALUES, owner[key]))
+    value = deepcopy(random.choice((*VALUES, owner[key])))
     if isinstance(owner, dict):
         owner[random.choice((f"{key}x", "", "format", "..", str(key).upper()))] = value
     elif len(owner) < 1000:
