@@ -38,7 +38,7 @@ def test_a_cost_model_survives_its_file(tmp_path: Path) -> None:
         ({"tokens_per_rank": 0}, "c: tokens_per_rank is 0; accepted: a number of tokens, at least 1"),
         ({"per_token": -1}, "c: per_token is -1; accepted: a number, at least 0"),
         ({"per_token": float("nan")}, "c: per_token is nan"),
-        ({"per_pack": True}, "c: per_pack is True"),
+        ({"per_pack": True}, "c: per_pack is true"),
         ({"efficiency": [0.5]}, "c: efficiency is"),
         ({"efficiency": [0.0, 1.0]}, "c: efficiency is"),
         ({"efficiency_tokens": [9.0, 3.0]}, "c: efficiency is"),
