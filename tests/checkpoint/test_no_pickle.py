@@ -101,13 +101,24 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_the_traps_catch_every_way_to_read_a_pickle(tmp_path: Path, name: str) -> None:
-    early = "from pickle import load as early\nimport pickle, collections, torch\n"
-    pickled = (
-        "path = sys.argv[1]\nwith open(path, 'wb') as file:\n    file.write(pickle.dumps(collections.OrderedDict(a=torch.zeros(2))))\n"
-    )
-    short = TRAPS.partition("# What a run needs")[0]
-    command = [sys.executable, "-c", f"{short}{early}{pickled}arm('/nowhere')\n{ATTACKS[name]}\nprint('READ')", str(tmp_path / "file")]
+ATTACKING = """
+from pickle import load as early
+import collections, pickle, torch
+path = sys.argv[1]
+Path(path).write_bytes(pickle.dumps(collections.OrderedDict(a=torch.zeros(2))))
+for name, code in json.loads(sys.argv[2]).items():
+    pid = os.fork()
+    if pid == 0:
+        arm("/nowhere")
+        exec(code)
+        os._exit(7)
+    print(name, "=", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def test_the_traps_catch_every_way_to_read_a_pickle(tmp_path: Path) -> None:
+    program = TRAPS.partition("# What a run needs")[0] + ATTACKING
+    command = [sys.executable, "-c", program, str(tmp_path / "file"), json.dumps(ATTACKS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 1 and "TRAP: " in done.stderr and "READ" not in done.stdout, done.stdout + done.stderr
+    assert done.stdout.splitlines() == [f"{name} = 1" for name in ATTACKS], done.stdout + done.stderr
+    assert done.stderr.count("TRAP: ") == len(ATTACKS)
