@@ -52,6 +52,7 @@ class Heartbeat:
         self._trains = threading.get_ident()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
+        self._turns = 0
         if world.size == 1:
             return
         self._hosts: list[str] = world.gather(socket.gethostname())
@@ -60,6 +61,8 @@ class Heartbeat:
         world.barrier()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+        if not world.is_main:
+            threading.Thread(target=self._watch_store, name="heartbeat of the store", daemon=True).start()
 
     def fail(self, error: BaseException) -> bool:
         """Tell all ranks that this one raised, or, if another had done so before, say which: its end is what this rank fell over.
@@ -109,8 +112,21 @@ class Heartbeat:
                 verdict = json.loads(self._store.get(VERDICT)) if self._store.check([VERDICT]) else None
             except Exception as error:
                 verdict = {"rank": 0, "ranks": [0], "event": "silence", "what": f"cannot be reached ({type(error).__name__})"}
+            self._turns += 1
             if verdict is not None and not self._ending.is_set():
                 self._end(verdict)
+
+    def _watch_store(self) -> None:
+        """End if no answer comes from rank 0. A frozen process keeps its connections, and the store's own timeout does not see that.
+
+        Counts its own rounds, not seconds: a process that was itself frozen accuses nobody when it goes on.
+        """
+        rounds, seen = 0, self._turns
+        while not self._ending.wait(self._interval):
+            rounds, seen = (rounds + 1, seen) if self._turns == seen else (0, self._turns)
+            if rounds * self._interval > self._timeout:
+                what = f"cannot be reached (no answer for {self._timeout:.0f} s, train.heartbeat_timeout)"
+                self._end({"rank": 0, "ranks": [0], "event": "silence", "what": what})
 
     def _beat(self, number: int) -> str:
         """A beat of this rank: no two are alike."""
