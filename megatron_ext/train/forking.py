@@ -15,8 +15,8 @@ from megatron_ext.train.supervision import RankEnd
 
 PRELOADED = ["megatron_ext.train.run", "torch._dynamo"]
 """The second is what drawing weights on the meta device imports, for seconds."""
-DIE_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
+DIE_WITH_PARENT, NAME = 1, 15
+"""PR_SET_PDEATHSIG and PR_SET_NAME of prctl(2)."""
 
 
 class ForkedRun(StartedRun):
@@ -65,7 +65,9 @@ class ForkedRun(StartedRun):
 
 def _rank_main(environment: dict[str, str], script: list[str], output: Connection) -> None:
     """Become one rank: its session, output and environment, then the script as if it were started."""
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    prctl(NAME, f"rank {environment['RANK']}".encode())
     os.setsid()
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 FINAL_ERRORS = ("ConfigError", "OptionError", "DataError")
 """A run that ends with one of these, and code 2, would end so again."""
 USER_ERROR_CODE = 2
+IN_USE = "is used by process"
+"""In the words of a run that finds another in its directory: one that was just given up, and ends, is gone at the next start."""
 _END = re.compile(r"rank ended: (\{.*?\})")
-_SILENT = re.compile(r"rank (\d+) on host (\S+) \(ranks .*?\) ((?:has not been heard|cannot be reached).*?)\. Rank \d+ on host")
+_SILENT = re.compile(r"rank (\d+) on host (\S+) \(ranks .*?\) (?!failed with)(.*?)\. Rank \d+ on host")
 _ERROR = re.compile(r"^((?:\w+\.)*(\w+(?:Error|Exception)): .*)")
 
 
@@ -100,7 +102,7 @@ def blame(ends: Sequence[RankEnd], lines: Iterable[str], unreachable: Sequence[s
     if first is None:
         return Failure(None, None, f"the launcher ended without the end of any rank{said}")
     ended = f"was ended by {signal.Signals(-first.code).name}" if first.code < 0 else f"ended with code {first.code}"
-    final = first.code == USER_ERROR_CODE and error is not None and error[2] in FINAL_ERRORS
+    final = first.code == USER_ERROR_CODE and error is not None and error[2] in FINAL_ERRORS and IN_USE not in error[1]
     return Failure(first.host, first.rank, ended + said, final=final)
 
 

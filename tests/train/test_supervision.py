@@ -31,7 +31,11 @@ def test_a_killed_rank_is_blamed_and_not_those_that_fell_over_it() -> None:
 
 
 def test_a_silent_rank_is_blamed_with_its_host_as_the_supervisor_calls_it() -> None:
-    for what in ("has not been heard for 6 s (train.heartbeat_timeout is 5 s)", "cannot be reached (DistNetworkError)"):
+    for what in (
+        "has not been heard for 6 s (train.heartbeat_timeout is 5 s): step 3, forward",
+        "cannot be reached (DistNetworkError)",
+        "has not moved for 30 s in step 3 (train.hang_timeout; the limit is 30 s)",
+    ):
         failure = blame([RankEnd(0, "a", 1), RankEnd(1, "a", 1)], ["noise", heartbeat_line(2, what)], [], RANKS)
         assert failure == Failure("b", 2, what, struck=True)
     raised = heartbeat_line(2, "failed with RuntimeError: x; its own traceback says more")
@@ -47,6 +51,7 @@ def test_wrong_configuration_is_final_and_a_full_disk_is_not() -> None:
     assert blame(end, ["ConfigError: train.steps: -1"], [], RANKS).final
     assert blame(end, ["DataError: x"], [], RANKS).final
     assert not blame(end, ["CheckpointError: cannot save the checkpoint: No space left on device"], [], RANKS).final
+    assert not blame(end, ["ConfigError: run_dir: x is used by process 3 on host b since now; accepted: ..."], [], RANKS).final
     assert not blame([RankEnd(0, "a", 1)], ["ConfigError: of a library"], [], RANKS).final
     assert verdict([Attempt(0, 0, Failure("a", 0, "", final=True))], Limits()) == "it would fail so again"
 
