@@ -5,6 +5,7 @@ import platform
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.checkpoint.save import CheckpointWriter
-from megatron_ext.config import Change, changes, monitor_config, settings, total_steps
+from megatron_ext.config import Change, changes, settings, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.data.loss_weights import LossWeights, total_weight
 from megatron_ext.errors import ConfigError, DataError
@@ -22,11 +23,8 @@ from megatron_ext.optim.state_change import StateChange, describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning.worker import PlanSettings
-from megatron_ext.report.forgetting import described
-from megatron_ext.report.metrics import read_evaluations
 from megatron_ext.train.banner import describe_run
 from megatron_ext.train.build import Setup, build_engine, build_model
-from megatron_ext.train.console import Console
 from megatron_ext.train.cost_correction import CostCorrection
 from megatron_ext.train.costs import cost_model
 from megatron_ext.train.data_events import DataEvent, DataWatch
@@ -36,19 +34,19 @@ from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.events import start_event
 from megatron_ext.train.ledger import Ledger
 from megatron_ext.train.loss_weighting import build_loss_weighting
-from megatron_ext.train.metrics import METRICS_FILE, MetricsWriter, length_histogram
-from megatron_ext.train.monitors import Monitors
 from megatron_ext.train.needle_evaluation import NeedleEvaluation
 from megatron_ext.train.objective import check_same_objective, objective_state
 from megatron_ext.train.packs import PlannedPacks
 from megatron_ext.train.precision import switch_target
 from megatron_ext.train.probes import Reading, build_probes
 from megatron_ext.train.profile import StepProfile
+from megatron_ext.train.recorder import Recorder
 from megatron_ext.train.run_lock import RunLock
 from megatron_ext.train.saving import Saving
 from megatron_ext.train.skip_events import rollback_event, skip_event
 from megatron_ext.train.step_guard import StepGuard
 from megatron_ext.train.step_plans import StepPlan, StepPlanner
+from megatron_ext.train.step_record import step_flops, step_record
 from megatron_ext.train.stopping import StopRequest
 from megatron_ext.train.stragglers import StragglerWatch
 from megatron_ext.train.teacher import build_distillation
@@ -85,7 +83,6 @@ class Trainer:
         self.objective = objective_state(self.config, setup.loss_weights)
         self.loss_weighting = build_loss_weighting(self.config, list(self.tokens_by_source), self.engine)
         self.probes = build_probes(self.config, self.model, grid, self.optimizer)
-        self.monitors = Monitors(monitor_config(self.config), self.run_dir)
         self.cost, why_cost = cost_model(setup, grid.shape, self.world.device, next(self.model.parameters()).dtype)
         if self.config.planning.policy != "data_parallel":
             self.chosen["costs"] = why_cost
@@ -99,8 +96,8 @@ class Trainer:
         self.needles = self._build_needles()
         self.stragglers = StragglerWatch(grid, self.config.logging)
         self.profile = StepProfile(self.config.logging.profile, self.run_dir, self.world)
-        self.console = Console(self.world.is_main, self.total_steps)
-        self.metrics = MetricsWriter(self.run_dir, self.step, self.world.is_main)
+        self.recorder = Recorder(self.config, self.step, self.world.is_main)
+        self.console, self.metrics = self.recorder.console, self.recorder.metrics
         self.digests = build_digests(self.config, self.optimizer, setup.model, self.world, self.step)
         self.ledger.begin(self.step, self.guard.rollbacks, setup.mixture.state_dict())
         checkpoints = CheckpointWriter(
@@ -139,7 +136,7 @@ class Trainer:
         finally:
             self.planner.close()
         self.world.activity.end()
-        self.metrics.close()
+        self.recorder.close()
         self.ledger.close()
         if self.digests is not None:
             self.digests.close()
@@ -168,7 +165,7 @@ class Trainer:
         else:
             for event in self.data_watch.unreached():
                 self._tell(event)
-            self._say_what_was_forgotten()
+            self.recorder.forgotten([name for name, tokens in self.tokens_by_source.items() if tokens])
             self.metrics.write("event", event="finish", step=self.step, tokens=self.tokens)
             self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
 
@@ -226,8 +223,7 @@ class Trainer:
         for event in self.data_watch.look():
             self._tell(event)
         if reading is not None:
-            self.metrics.write("probe", step=self.step, tokens=self.tokens, **reading.record)
-            self.monitors.write([(name, value, self.step) for name, value in reading.events()])
+            self.recorder.probe(self.step, self.tokens, reading)
         stopping = bool(result.flags[0] > 0)
         if trace := self.profile.end_step(self.step, stopping):
             self.console.say(f"step {self.step}: trace in {trace}")
@@ -253,8 +249,7 @@ class Trainer:
         self.console.start_clock()
 
     def _tell(self, event: DataEvent) -> None:
-        self.metrics.write("event", event=event.name, step=self.step, tokens=self.tokens, **event.fields)
-        self.console.say(f"step {self.step}: {event.message}")
+        self.recorder.event(self.step, self.tokens, event)
 
     def _weighted(self, packs: PlannedPacks) -> tuple[PlannedPacks, float]:
         """The packs with the weights of their losses, and the sum of those of the whole step."""
@@ -274,44 +269,30 @@ class Trainer:
     def _record(
         self, pieces: list[Piece], step_plan: StepPlan, result: StepResult, factor: float, seconds: float, slow: dict[str, Any]
     ) -> None:
-        lengths = [len(piece) for piece in pieces]
-        step_tokens = sum(lengths)
+        """Count the documents of the step and write what it came to."""
+        names, step_tokens = list(self.tokens_by_source), sum(map(len, pieces))
         self.tokens += step_tokens
-        names = list(self.tokens_by_source)
         for piece in pieces:
             self.tokens_by_source[names[piece.source]] += len(piece)
-        context = sum(length * length for length in lengths) / step_tokens
-        flops = self.setup.model.flops_per_token(context)
-        by_source = zip(names, result.loss_sums.tolist(), result.loss_tokens.tolist(), strict=True)
+        flops = step_flops(self.setup.model, pieces)
         record = {
             "step": self.step,
             "tokens": self.tokens,
-            "loss": result.loss,
-            "loss_by_source": {name: loss / count for name, loss, count in by_source if count},
             "tokens_by_source": dict(self.tokens_by_source),
             "lr": factor * self.config.optimizer.lr,
+            **step_record(pieces, names, step_plan, result, seconds, flops, self.setup.tokens_per_pack),
             **self._rule_records(factor, result),
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": step_tokens / seconds,
-            "tflops": step_tokens * flops / seconds / 1e12,
             "memory_gib": peak_memory_bytes(self.world.device) / 2**30,
-            "step_seconds": seconds,
-            "packs": sum(bool(pack.slices) for pack in step_plan.plan.packs),
-            "pack_fill": step_plan.plan.fill(self.setup.tokens_per_pack),
-            "exchange_seconds": result.exchange_seconds,
             **slow,
             **(step_plan.record() if self.world.is_main else {}),
-            "length_histogram": length_histogram(lengths),
             **self.guard.records(),
             "epochs": self.setup.mixture.epochs(),
         }
-        self.metrics.write("train", **record)
-        self.monitors.write([(f"train/{key}", record[key], self.step) for key in ("loss", "lr", "grad_norm", "tokens_per_second")])
-        self.console.count(step_tokens)
-        if self._due(self.config.logging.every) or self.step in (1, self.total_steps):
-            self.console.step_line(record, flops)
-            if self.world.is_main and len(step_plan.plan.packs) <= MOST_PACKS_WRITTEN:
-                self.metrics.write("plan", step=self.step, **step_plan.picture(self.planner.cost))
+        shown = self._due(self.config.logging.every) or self.step in (1, self.total_steps)
+        self.recorder.step(record, step_tokens, flops, partial(self._picture, step_plan) if shown else None)
+
+    def _picture(self, step_plan: StepPlan) -> dict[str, Any]:
+        return step_plan.picture(self.planner.cost) if len(step_plan.plan.packs) <= MOST_PACKS_WRITTEN else {}
 
     def _say_switched(self) -> None:
         self.metrics.write("event", event="precision_switch", step=self.step, tokens=self.tokens)
@@ -338,21 +319,7 @@ class Trainer:
         buckets = self.config.evaluation.position_buckets
         with self.model.seeing(self.config.model.evaluation_window):
             results = evaluate(self.engine, self.setup.validation, self.planner, self.setup.model.vocab_size, buckets)
-        for each in results:
-            self.metrics.write(
-                "eval",
-                step=self.step,
-                tokens=self.tokens,
-                source=each.source,
-                split=each.split,
-                loss=each.loss,
-                eval_tokens=each.tokens,
-                **({"by_position": [asdict(bucket) for bucket in each.by_position]} if buckets else {}),
-            )
-        self.monitors.write([(f"{each.split}/{each.source}", each.loss, self.step) for each in results])
-        if results:
-            losses = ", ".join(f"{each.source} {each.loss:.4f}" for each in results)
-            self.console.say(f"step {self.step}: {results[0].split} loss {losses}")
+        self.recorder.evaluation(self.step, self.tokens, results)
 
     def _needles_due(self) -> bool:
         options = self.config.evaluation
@@ -364,19 +331,7 @@ class Trainer:
         self.world.activity.begin("evaluate", step=self.step)
         with self.model.seeing(self.config.model.evaluation_window):
             result = self.needles.run()
-        self.metrics.write("needle", step=self.step, tokens=self.tokens, **asdict(result))
-        self.monitors.write(
-            [(f"needle/{length}", share, self.step) for length, share in zip(result.lengths, result.mean_exact, strict=True)]
-        )
-        found = ", ".join(f"{share:.0%} at {length:,}" for length, share in zip(result.lengths, result.mean_exact, strict=True))
-        self.console.say(f"step {self.step}: needles found {found} tokens")
-
-    def _say_what_was_forgotten(self) -> None:
-        if self.world.is_main:
-            trained = [name for name, tokens in self.tokens_by_source.items() if tokens]
-            new = [source.name for source in self.config.data.sources]
-            for line in described(read_evaluations(self.run_dir / METRICS_FILE), trained, new):
-                self.console.say(line)
+        self.recorder.needles(self.step, self.tokens, result)
 
     def _save(self, last: bool) -> None:
         self.world.activity.begin("save", step=self.step)
@@ -460,34 +415,30 @@ class Trainer:
         """Print the banner and write the start record."""
         setup = self.setup
         entropy = {each.name: each.unigram_entropy() for each in setup.validation} if self.world.is_main else {}
-        self.console.say(f"megatron_ext {version('megatron_ext')}: {self.run_dir}")
-        self.console.banner(
-            {
-                **describe_run(setup, self.grid, next(self.model.parameters()).dtype),
-                **self.chosen,
-                **({"unigram entropy": ", ".join(f"{name} {value:.3f}" for name, value in entropy.items())} if entropy else {}),
-                **({"branched from" if self.branched else "resumed from": str(self.resumed_from)} if self.resumed_from else {}),
-                **({"changed": "; ".join(map(str, self.overrides))} if self.overrides else {}),
-                **({"optimizer state": "; ".join(self.state_changes)} if self.state_changes else {}),
-            }
-        )
-        self.metrics.write(
-            "start",
-            step=self.step,
-            tokens=self.tokens,
-            run=self.run_dir.name,
-            ranks=self.grid.shape.size,
-            grid=asdict(self.grid.shape),
-            parameters=setup.model.num_parameters(),
-            total_steps=self.total_steps,
-            tokens_per_step=self.config.data.tokens_per_step,
-            device=describe(self.world.device),
-            dtype=self.chosen["dtype"].split()[0],
-            branched_from=str(self.resumed_from) if self.branched else None,
-            attention=self.chosen["attention"].split()[0],
-            unigram_entropy=entropy,
-            versions=_versions(),
-        )
+        banner = {
+            **describe_run(setup, self.grid, next(self.model.parameters()).dtype),
+            **self.chosen,
+            **({"unigram entropy": ", ".join(f"{name} {value:.3f}" for name, value in entropy.items())} if entropy else {}),
+            **({"branched from" if self.branched else "resumed from": str(self.resumed_from)} if self.resumed_from else {}),
+            **({"changed": "; ".join(map(str, self.overrides))} if self.overrides else {}),
+            **({"optimizer state": "; ".join(self.state_changes)} if self.state_changes else {}),
+        }
+        record = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "ranks": self.grid.shape.size,
+            "grid": asdict(self.grid.shape),
+            "parameters": setup.model.num_parameters(),
+            "total_steps": self.total_steps,
+            "tokens_per_step": self.config.data.tokens_per_step,
+            "device": describe(self.world.device),
+            "dtype": self.chosen["dtype"].split()[0],
+            "branched_from": str(self.resumed_from) if self.branched else None,
+            "attention": self.chosen["attention"].split()[0],
+            "unigram_entropy": entropy,
+            "versions": _versions(),
+        }
+        self.recorder.start(banner, record)
         self._tell_start()
         if self.state_changes:
             self.metrics.write("event", event="state_change", step=self.step, changes=self.state_changes)
