@@ -8,9 +8,10 @@ Read from deepspeed 0.19.8, beyond what ``passes`` says:
   without state before its first step, and stages 1 and 2 show the state of a parameter only after
   ``lazy_init_hp_params_optimizer_state``, which they call when the first group has been updated and the others have no state yet. So both
   are done here at once.
-- A step whose gradient norm is not finite is left out, its gradients forgotten. Stages 1 and 2 take the norm from ``scaled_global_norm``,
-  stage 3 from ``_get_norm_groups``: so the gate stands there, and makes infinite what it refuses. In bfloat16 stages 1 and 2 look for
-  values that are not finite before, and then ask for no norm.
+- A step whose gradient norm is not finite is left out, its gradients forgotten. So the gate stands where the norm is taken, and makes
+  infinite what it refuses: ``_get_norm_groups`` in stage 3, ``scaled_global_norm`` in stages 1 and 2, and ``get_grads_for_norm`` in stage 1
+  with bfloat16, which is an optimizer of its own (``BF16_Optimizer``). Stage 2 with bfloat16 looks for values that are not finite before,
+  and then asks for no norm.
 - Stage 3 gathers a parameter when the module that holds it is called, unless a module around it is marked as a leaf. Tiles take the weights
   of linears as arguments before they call them, and so a tiled MLP is one.
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -95,36 +96,47 @@ class ZeroOptimizer:
         }
         self.updates = 0
         self.gate: Callable[[float], bool] = math.isfinite
-        self.grad_norm, self._asked = 0.0, True
+        self.grad_norm = 0.0
+        self._taken: bool | None = None
         self._put_gate(engine.optimizer)
 
     def _put_gate(self, inner: Any) -> None:
         """Between the gradient norm and the update of DeepSpeed's optimizer."""
-        take_norm, take_groups = getattr(inner, "scaled_global_norm", None), getattr(inner, "_get_norm_groups", None)
-
-        def norm() -> Tensor:
-            seen = take_norm()
-            return seen if self.asked(seen) else torch.full_like(seen, math.inf)
-
-        def groups() -> list[Tensor]:
-            seen = take_groups()
-            return seen if self.asked(combine_grad_norm_groups(seen)) else [torch.full_like(seen[0], math.inf)]
-
         if self._engine.zero_optimization_stage() == 3:
-            inner._get_norm_groups = groups
+            take_groups = inner._get_norm_groups
+            inner._get_norm_groups = lambda: self._passed(groups := take_groups(), combine_grad_norm_groups(groups))
+        elif hasattr(inner, "scaled_global_norm"):
+            take_norm = inner.scaled_global_norm
+            inner.scaled_global_norm = lambda: self._passed([norm := take_norm()], norm)[0]
         else:
-            inner.scaled_global_norm = norm
+            take_gradients = inner.get_grads_for_norm
 
-    def asked(self, norm: Tensor | float) -> bool:
-        """Ask the gate. DeepSpeed's norm of what is not finite may be negative."""
-        self.grad_norm = float(norm) if float(norm) >= 0 else math.inf
-        self._asked = True
-        return self.gate(self.grad_norm)
+            def gradients(for_clipping: bool = False) -> Any:
+                seen = take_gradients(for_clipping)
+                if for_clipping:
+                    return seen
+                return self._passed(seen[0], get_global_norm_of_tensors(seen[0], mpu=inner.mpu)), seen[1]
+
+            inner.get_grads_for_norm = gradients
+
+    def _passed(self, values: list[Tensor], norm: Tensor) -> list[Tensor]:
+        """``values``, whose norm is ``norm``, if the gate takes it; else one value that is infinite."""
+        return values if self._asked(norm) else [torch.full_like(norm, math.inf)]
+
+    def _asked(self, norm: Tensor) -> bool:
+        """Ask the gate with the largest norm of any rank: they are equal. DeepSpeed's norm of what is not finite may be negative."""
+        mine = norm.detach().double().reshape(1)
+        mine = torch.where(mine.isfinite() & (mine >= 0), mine, math.inf)
+        self.grad_norm = float(self._grid.world.max(mine))
+        self._taken = self.gate(self.grad_norm)
+        return self._taken
 
     def end_step(self) -> None:
-        """Ask the gate if DeepSpeed had refused the step before there was a norm."""
-        if not self._asked:
-            self.asked(math.inf)
+        """Ask the gate if DeepSpeed had refused the step before there was a norm; what it says is what was done."""
+        if self._taken is None:
+            assert self.overflow, "an update goes through the gate"
+            self._asked(torch.tensor(math.inf, device=self._grid.world.device))
+        assert self.overflow is not self._taken, "DeepSpeed does what the gate says"
         self.updates += not self.overflow
 
     @property
@@ -134,7 +146,7 @@ class ZeroOptimizer:
 
     def expect_backwards(self, count: int) -> None:
         """A step begins. DeepSpeed counts for itself."""
-        self._asked = False
+        self._taken = None
 
     orthogonalizations = 0
 

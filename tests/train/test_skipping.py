@@ -21,6 +21,7 @@ ENGINES = {
     "tensor": (2, ["parallel.tp=2"], {"optimizer__qk_clip": 1.0}),
     "zero1": (2, ["optimizer.sharding=zero1"], {}),
     "zero1 bf16": (2, ["optimizer.sharding=zero1", "train.dtype=bfloat16"], {}),
+    "zero2 bf16": (2, ["optimizer.sharding=zero2", "train.dtype=bfloat16"], {}),
     "zero2": (2, ["optimizer.sharding=zero2"], {}),
     "zero3": (2, ["optimizer.sharding=zero3"], {}),
 }
