@@ -25,7 +25,7 @@ OUTSIDE = ("../secret.safetensors", "/etc/passwd", "a/../../secret.safetensors",
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     model, optimizer = trained()
-    return writer(tmp_path / "run").save(1, weight_of(model), optimizer, STATE)
+    return writer(tmp_path / "run").save(1, weight_of(model), optimizer, STATE).path
 
 
 @pytest.fixture
