@@ -16,7 +16,7 @@ from tests.train.tiny_run import losses, train, write_run
 OBSTACLE = why_not()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"no hosts can be made here: {OBSTACLE}")
 RUN = {
-    "train__steps": 60,
+    "train__steps": 30,
     "train__dtype": "float64",
     "train__heartbeat_timeout": 10.0,
     "checkpoint__every": 5,
@@ -43,7 +43,7 @@ def test_a_host_that_dies_changes_the_grid_and_no_loss(hosts: Hosts, run_ranks: 
         time.sleep(0.02)
     hosts.die(1)
     text, _ = process.communicate(timeout=400)
-    assert process.returncode == 0 and "finished: step 60" in text, text
+    assert process.returncode == 0 and "finished: step 30" in text, text
     events = [json.loads(line) for line in (run_dir / "supervisor.jsonl").read_text("utf-8").splitlines()]
     lost, restart = (next(event for event in events if event["event"] == name) for name in ("host_lost", "restart"))
     assert lost["host"] == restart["host"] == ADDRESSES[1] and restart["reason"] == f"{ADDRESSES[1]} cannot be reached"
