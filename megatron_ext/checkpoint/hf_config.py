@@ -137,7 +137,7 @@ def _family(config: ModelConfig) -> tuple[str, str]:
 def _refuse_other_values(hf: Mapping[str, Any]) -> None:
     for key, (accepted, reason) in REQUIRED_VALUES.items():
         if key in hf and hf[key] is not None and hf[key] != accepted:
-            raise CheckpointError(f"config.json: {key} is {shown(hf[key])}; only {accepted!r} is supported: {reason}")
+            raise CheckpointError(f"config.json: {key} is {shown(hf[key])}; only {shown(accepted)} is supported: {reason}")
 
 
 def _refuse_sliding_window(hf: Mapping[str, Any]) -> None:

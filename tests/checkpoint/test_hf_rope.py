@@ -153,7 +153,7 @@ def test_without_scaling_the_base_stays() -> None:
         (older({"type": "ntk", "factor": 2.0}, 1e4), r"rope_type 'ntk'; supported are default, linear, yarn, llama3$"),
         (older({"type": "linear", "factor": 0.5}, 1e4), r"rope_scaling: factor: 0.5; accepted: at least 1"),
         (older({"type": "linear", "factor": "2"}, 1e4), r"rope_scaling: factor is '2'; accepted: float"),
-        (older({"type": "linear", "factor": True}, 1e4), r"rope_scaling: factor is True; accepted: float"),
+        (older({"type": "linear", "factor": True}, 1e4), r"rope_scaling: factor is true; accepted: float"),
         (older({"type": "yarn", "factor": 2.0, "truncate": 1}, 1e4), r"rope_scaling: truncate is 1; accepted: bool"),
         (older({"type": "yarn", "factor": 2.0, "finetuned": True}, 1e4), r"rope_scaling has finetuned, which is not supported"),
         (older({"type": "yarn", ORIGINAL: 128}, 1e4), r"config.json: model.rope.factor: null"),

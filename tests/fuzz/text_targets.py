@@ -182,7 +182,7 @@ METRICS_TARGET = Target(_make_metrics, {"metrics.jsonl": mutate_json_lines, "con
 
 
 def _make_table(folder: Path) -> None:
-    rows = [f"{share},{tokens},{3 - share},{2 + share},{share}" for share in (0.0, 0.1, 0.2) for tokens in (0, 100, 200)]
+    rows = [f"{share},{tokens},{3 - share * tokens / 200},{2 + share},{share}" for share in (0.0, 0.1, 0.2) for tokens in (0, 100, 200)]
     (folder / "points.csv").write_text("\n".join(["share,tokens,general_loss,domain_loss,run", *rows, ""]), "utf-8")
 
 
