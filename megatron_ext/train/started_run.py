@@ -11,6 +11,8 @@ from megatron_ext.train.supervision import RankEnd
 
 TICK_SECONDS = 0.05
 LINES_KEPT = 400
+READ_SECONDS = 10.0
+"""How long the end of what was printed is waited for, after the end of all ranks."""
 
 
 class StartedRun(ABC):
@@ -44,8 +46,8 @@ class StartedRun(ABC):
                 self.kill()
             time.sleep(TICK_SECONDS)
         for reader in self._readers:
-            # Something that a rank left behind may hold its output open.
-            reader.join(1.0)
+            # What was said last tells why. Something that a rank left behind may hold its output open.
+            reader.join(READ_SECONDS)
         return next((code for code in codes if code), 0)
 
     def kill(self) -> None:
