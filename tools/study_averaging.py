@@ -15,7 +15,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.device import local_device
 from megatron_ext.report.study import Variant
 from megatron_ext.report.study_averaging import FILE
-from megatron_ext.train.evaluation_packs import evaluation_packs
+from megatron_ext.train.evaluation_packs import validation_packs
 from megatron_ext.train.quantized_evaluation import mean_loss
 from megatron_ext.train.quantized_model import build_rotated
 
@@ -44,9 +44,5 @@ def _losses(run: StudyRun, checkpoints: Sequence[Path]) -> dict[str, float]:
     weights = {name: tensor.float() for name, tensor in in_order(read, shape)}
     device = local_device()
     model = build_rotated(weights, shape, "none", 0, device, next(iter(weights.values())).dtype)
-    length, tokens = run.config.data.longest_sequence, run.config.evaluation.tokens
-    losses = {}
-    for source in run.config.data.validation:
-        packs = evaluation_packs(source.path, checkpoints[-1], length, tokens, shape.vocab_size)
-        losses[source.name] = mean_loss(model, [pack.to(device) for pack in packs])
-    return losses
+    packs = validation_packs(run.config.data, run.config.evaluation.tokens, shape.vocab_size)
+    return {name: mean_loss(model, [pack.to(device) for pack in of_source]) for name, of_source in packs.items()}

@@ -8,7 +8,7 @@ from megatron_ext.data.indexed import index_path
 from megatron_ext.data.options import DataOptions, SourceOptions
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import load_tokenizer
-from megatron_ext.data.validation import validation_sets
+from megatron_ext.data.validation import ValidationSet, validation_sets
 from megatron_ext.errors import DataError
 from megatron_ext.planning.packing import best_fit_decreasing
 from megatron_ext.planning.plan import Pack, Slice
@@ -37,10 +37,27 @@ def evaluation_packs(data: str, tokenizer: Path, sequence_length: int, most_toke
         return _packs(name, summary.keys["text"].prefix, sequence_length, most_tokens, vocab_size)
 
 
+def validation_packs(data: DataOptions, most_tokens: int, vocab_size: int) -> dict[str, list[PackedBatch]]:
+    """The documents of each corpus of ``data.validation`` that a run with these options evaluates, in packs of at most a whole sequence.
+
+    Args:
+        data: the data section of the run.
+        most_tokens: ``evaluation.tokens`` of the run.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        DataError: a corpus cannot be read, or its tokens are not in the vocabulary.
+    """
+    return {each.name: _packed(each, data.longest_sequence, vocab_size) for each in validation_sets(data, [], most_tokens)}
+
+
 def _packs(name: str, prefix: str, sequence_length: int, most_tokens: int, vocab_size: int) -> list[PackedBatch]:
     source = SourceOptions(name=name, path=prefix)
     options = DataOptions(sources=[source], sequence_length=sequence_length, tokens_per_step=sequence_length, validation=[source])
-    [chosen] = validation_sets(options, [], most_tokens)
+    return validation_packs(options, most_tokens, vocab_size)[name]
+
+
+def _packed(chosen: ValidationSet, sequence_length: int, vocab_size: int) -> list[PackedBatch]:
     packs = best_fit_decreasing([len(piece) for piece in chosen.pieces], sequence_length)
     return [
         read_pack(Pack(0, 1, tuple(Slice(i, 0, len(chosen.pieces[i])) for i in members)), chosen.pieces, [chosen.corpus], vocab_size)

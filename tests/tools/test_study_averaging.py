@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ext.config.study import Study, StudyRun, plan_runs, read_study
-from megatron_ext.data.indexed import IndexedDataset
+from megatron_ext.data.validation import validation_sets
 from megatron_ext.errors import CheckpointError
 from megatron_ext.report.study import Variant
 from tests.report.test_study import fake, losses_to
@@ -31,10 +32,15 @@ def averaging(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield import_module("study_averaging")
 
 
-def finished(folder: Path, checkpoints: int) -> tuple[Study, StudyRun, Variant, list[LlamaForCausalLM]]:
+def finished(folder: Path, checkpoints: int, *more: str) -> tuple[Study, StudyRun, Variant, list[LlamaForCausalLM]]:
     """A study of one run with checkpoints of random models, oldest first."""
     valid = write_corpus(folder / "valid", random_documents(12, 30, seed=3))
-    overrides = [f"checkpoint.keep_last={LAST}", f"data.validation=[{{name: held out, path: {valid}}}]", "data.validation_fraction=0"]
+    overrides = [
+        f"checkpoint.keep_last={LAST}",
+        f"data.validation=[{{name: held out, path: {valid}}}]",
+        "data.validation_fraction=0",
+        *more,
+    ]
     path = write_study(folder, overrides=overrides, averaging={"last": LAST}, variants={"plain": {}}, seeds=[1])
     study = read_study(path)
     [run] = plan_runs(path, study, folder / "out")
@@ -47,14 +53,13 @@ def finished(folder: Path, checkpoints: int) -> tuple[Study, StudyRun, Variant, 
 
 
 @torch.no_grad()
-def loss_of_mean(models: list[LlamaForCausalLM], prefix: str) -> float:
-    """Every document alone, through a model with the mean of the weights."""
+def loss_of_mean(models: list[LlamaForCausalLM], documents: list[np.ndarray]) -> float:
+    """Each document alone, through a model with the mean of the weights."""
     state = {name: torch.stack([model.state_dict()[name] for model in models]).mean(0) for name in models[0].state_dict()}
     models[0].load_state_dict(state)
     total, count = 0.0, 0
-    dataset = IndexedDataset(prefix)
-    for number in range(len(dataset)):
-        tokens = torch.tensor(dataset.tokens(number).astype("int64"))
+    for document in documents:
+        tokens = torch.tensor(document.astype("int64"))
         total += float(F.cross_entropy(models[0](tokens[None]).logits[0, :-1], tokens[1:], reduction="sum")) if len(tokens) > 1 else 0.0
         count += len(tokens) - 1
     return total / count
@@ -67,12 +72,23 @@ def test_the_last_checkpoints_are_averaged_and_no_others(tmp_path: Path, averagi
     written = run.directory / "averages.json"
     losses = json.loads(written.read_text())["losses"]
     last = models[-1].state_dict()["model.norm.weight"].clone()
-    expected = loss_of_mean(models[1:], run.config.data.validation[0].path)
+    documents = random_documents(12, 30, seed=3)
+    expected = loss_of_mean(models[1:], documents)
     assert losses == {"held out": pytest.approx(expected, rel=1e-5)} and torch.equal(last, models[-1].state_dict()["model.norm.weight"])
-    assert abs(losses["held out"] - loss_of_mean(models[-1:], run.config.data.validation[0].path)) > 0.1  # the last alone
+    assert abs(losses["held out"] - loss_of_mean(models[-1:], documents)) > 0.1  # the last alone
     made = written.stat().st_mtime_ns
     averaging.average_runs(study.averaging, [run], [variant], Console(quiet=True))
     assert written.stat().st_mtime_ns == made
+
+
+def test_the_documents_are_those_that_the_run_evaluates(tmp_path: Path, averaging: ModuleType) -> None:
+    study, run, variant, models = finished(tmp_path, LAST, "evaluation.tokens=60")
+    assert study.averaging is not None
+    averaging.average_runs(study.averaging, [run], [variant], Console(quiet=True))
+    [evaluated] = validation_sets(run.config.data, [], 60)
+    documents = [evaluated.corpus.tokens(piece.document, piece.start, piece.stop) for piece in evaluated.pieces]
+    losses = json.loads((run.directory / "averages.json").read_text())["losses"]
+    assert 1 < len(documents) < 12 and losses["held out"] == pytest.approx(loss_of_mean(models, documents), rel=1e-5)
 
 
 def test_too_few_checkpoints_are_an_error(tmp_path: Path, averaging: ModuleType) -> None:
