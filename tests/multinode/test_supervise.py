@@ -31,6 +31,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield made
 
 
+@pytest.mark.slow  # starts through the launcher, again and again
 def test_a_host_that_dies_changes_the_grid_and_no_loss(hosts: Hosts, run_ranks: RunRanks, tmp_path: Path) -> None:
     run_ranks(2, train, write_run(tmp_path / "reference", **RUN))
     config, run_dir = write_run(tmp_path / "hosts", **RUN), tmp_path / "hosts" / "run"

@@ -76,6 +76,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert seen == expected
 
 
+@pytest.mark.slow  # starts through the launcher, again and again
 def test_killed_again_and_again_a_run_ends_as_if_it_never_was(run_ranks: RunRanks, tmp_path: Path) -> None:
     """kill -9 at a random step and in the middle of a save, then stopped by ``tools/stop.py``, then to the end."""
     reference, folder = tmp_path / "reference", tmp_path / "killed"

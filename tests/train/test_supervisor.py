@@ -63,6 +63,7 @@ def launched_rank(supervisor: subprocess.Popen[str], rank: int) -> psutil.Proces
     )
 
 
+@pytest.mark.slow  # starts through the launcher, again and again
 def test_through_the_launcher_a_rank_is_killed_and_sigterm_ends_the_run_in_good_order(run_ranks: RunRanks, tmp_path: Path) -> None:
     long = {"train__steps": 5000, "schedule__kind": "constant", "checkpoint__every": 5, "logging__every": 1000}
     config, run_dir = write_run(tmp_path / "launched", **long), tmp_path / "launched" / "run"
