@@ -72,7 +72,7 @@ def test_points_of_a_table(tmp_path: Path) -> None:
         ("x,1,3,4", r"t.csv:3: share is 'x'"),
         ("0.5,-1,3,4", r"t.csv:3: tokens is '-1'; accepted: a number, at least 0"),
         ("0.5,1,inf,4", r"t.csv:3: general_loss is 'inf'; accepted: a loss, more than 0"),
-        ("0.5,1,3", r"t.csv:3: domain_loss is None"),
+        ("0.5,1,3", r"t.csv:3: domain_loss is null"),
         ("0.5,0,3.5,4", r"t.csv:3 begins with a general loss of 3.5000, .*t.csv:2 with 3.0000"),
     ],
 )

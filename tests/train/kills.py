@@ -91,6 +91,8 @@ def _be(rank: int, ranks: int, config: Path, folder: Path, leader: int, moment: 
         output = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # Those of the test runner write into its own files; open as long as the rank.
+        sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1, encoding="utf-8")
         ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
         os.environ.update({name: str(value) for name, value in ours.items()})
         store = dist.FileStore(str(folder / "store"), ranks)
