@@ -1,6 +1,6 @@
 """One self-contained HTML page about a study."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ext.atomic_io import atomic_open
@@ -49,10 +49,7 @@ def render_study(title: str, variants: Sequence[Variant]) -> str:
         element("h2", "Each variant at its best"),
         element("p", f"{_what_is_shown(variants)}{chosen if sweeps else ''}", class_="muted"),
         _table(variants, results_table(variants), settings=True),
-        *_forgetting(variants),
-        *_positions(variants),
-        *_averaging(variants),
-        *_quantization(variants),
+        *_sections(variants),
         element("h2", "How the loss moved"),
         figure_element(study_figures.validation_figure(variants)),
         *([figure_element(difference)] if difference else []),
@@ -94,36 +91,31 @@ def _when_and_where(variants: Sequence[Variant]) -> str:
     return " \u00b7 ".join(part for part in parts if part)
 
 
-def _forgetting(variants: Sequence[Variant]) -> list[Html]:
-    sources = forgetting_table(variants)
-    if sources is None:
-        return []
-    words = "Last loss of each validation source in nats per token, and how far it rose at the worst above that of the first model."
-    return [element("h2", "Learned and forgotten"), element("p", words, class_="muted"), _table(variants, sources)]
-
-
-def _positions(variants: Sequence[Variant]) -> list[Html]:
-    buckets = positions_table(variants)
-    if buckets is None:
-        return []
-    words = "Last loss of each validation source in nats per token, by how many tokens of the document stand before."
-    return [element("h2", "By position in documents"), element("p", words, class_="muted"), _table(variants, buckets)]
-
-
-def _averaging(variants: Sequence[Variant]) -> list[Html]:
-    averages = averaging_table(variants)
-    if averages is None:
-        return []
-    words = "Loss of the mean of the weights of the last checkpoints in nats per token, and how much more that is than of the last alone."
-    return [element("h2", "Checkpoints averaged"), element("p", words, class_="muted"), _table(variants, averages)]
-
-
-def _quantization(variants: Sequence[Variant]) -> list[Html]:
-    rounded = quantization_table(variants)
-    if rounded is None:
-        return []
-    words = "Loss of the last checkpoint in nats per token, rounded to nearest without any training: weights, activations, keys and values."
-    return [element("h2", "After quantization"), element("p", words, class_="muted"), _table(variants, rounded)]
+def _sections(variants: Sequence[Variant]) -> Iterator[Html]:
+    """Tables that only some studies have."""
+    of_sources = "Last loss of each validation source in nats per token"
+    for numbers, title, words in (
+        (
+            forgetting_table(variants),
+            "Learned and forgotten",
+            f"{of_sources}, and how far it rose at the worst above that of the first model.",
+        ),
+        (positions_table(variants), "By position in documents", f"{of_sources}, by how many tokens of the document stand before."),
+        (
+            averaging_table(variants),
+            "Checkpoints averaged",
+            "Loss of the mean of the weights of the last checkpoints in nats per token, and how much more that is than of the last alone.",
+        ),
+        (
+            quantization_table(variants),
+            "After quantization",
+            "Loss of the last checkpoint in nats per token, its weights, activations, keys and values rounded to nearest without training.",
+        ),
+    ):
+        if numbers is not None:
+            yield element("h2", title)
+            yield element("p", words, class_="muted")
+            yield _table(variants, numbers)
 
 
 def _inside(variants: Sequence[Variant]) -> list[Html]:
