@@ -2,7 +2,6 @@
 
 import errno
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +26,7 @@ from megatron_ext.train.saving import Saving, is_asynchronous
 from tests.checkpoint.tiny_state import trained, weight_of, writer
 from tests.distributed import RunRanks
 from tests.grids import ALONE
+from tests.mounts import mounted
 from tests.train.tiny_run import losses, train, write_run
 
 
@@ -143,13 +143,8 @@ def test_weights_that_are_not_finite_and_a_lost_lock_always_stop_the_run(tmp_pat
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with little room."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "size=512k") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
