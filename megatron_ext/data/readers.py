@@ -1,6 +1,6 @@
 """Documents from JSON lines, Parquet, plain text, folders of those, and Hugging Face datasets on disk."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import IO, cast
@@ -147,41 +147,64 @@ def _open_stream(source: Path, file: IO[bytes]) -> IO[bytes]:
 
 
 def _read_parquet(source: Path, keys: Sequence[str]) -> Iterator[Block]:
-    size = source.stat().st_size
-    row = 1
+    rows = _Rows(source, keys)
     try:
         # A buffer size makes the reader stream pages; without it, it loads whole row groups.
         with closing(pq.ParquetFile(source, buffer_size=BLOCK_BYTES, pre_buffer=False)) as file:
             _check_columns(file.schema_arrow, keys)
-            total = file.metadata.num_rows
-            for batch in file.iter_batches(ROWS, columns=list(keys), use_threads=False):
-                yield RowsBlock(str(source), _share(size, row, batch.num_rows, total), row, _columns(batch, keys))
-                row += batch.num_rows
+            yield from rows.blocks(file.iter_batches(ROWS, columns=list(keys), use_threads=False), file.metadata.num_rows)
     except _WrongColumns as error:
-        yield _broken(source, 0, "", str(error))
-    except (pa.ArrowException, OSError) as error:
-        yield _broken(source, 0, f"row {row}", f"{error}: truncated or damaged, the rest of the file cannot be read")
+        yield rows.broken("", str(error))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield rows.broken(f"row {rows.next}", f"{error}: truncated or damaged, the rest of the file cannot be read")
 
 
 def _read_dataset(source: Path, keys: Sequence[str]) -> Iterator[Block]:
     import datasets  # slow to import, and only needed here
 
-    size = source_size(source)
-    row = 1
+    rows = _Rows(source, keys)
     try:
-        rows = datasets.load_from_disk(str(source), keep_in_memory=False)
-        _check_columns(rows.features.arrow_schema, keys)
-        for batch in rows.select_columns(list(keys)).with_format("arrow").iter(ROWS):
-            yield RowsBlock(str(source), _share(size, row, batch.num_rows, len(rows)), row, _columns(batch, keys))
-            row += batch.num_rows
+        table = datasets.load_from_disk(str(source), keep_in_memory=False)
+        _check_columns(table.features.arrow_schema, keys)
+        yield from rows.blocks(table.select_columns(list(keys)).with_format("arrow").iter(ROWS), len(table))
     except _WrongColumns as error:
-        yield _broken(source, 0, "", str(error))
+        yield rows.broken("", str(error))
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        yield _broken(source, 0, f"row {row}", f"{error}: truncated or damaged, the rest of the dataset cannot be read")
+        yield rows.broken(f"row {rows.next}", f"{error}: truncated or damaged, the rest of the dataset cannot be read")
 
 
 class _WrongColumns(Exception):
     """A table without the columns that were asked for."""
+
+
+class _Rows:
+    """Cuts a table into blocks, and counts the rows and the bytes of its files that they stand for."""
+
+    def __init__(self, source: Path, keys: Sequence[str]) -> None:
+        self._source, self._keys = source, keys
+        self._size, self._read = source_size(source), 0
+        self.next = 1
+        """The row that is read next."""
+
+    def blocks(self, batches: Iterable[pa.RecordBatch | pa.Table], claimed: int) -> Iterator[Block]:
+        """A block for each of ``batches``, which have the ``claimed`` number of rows together.
+
+        Raises:
+            pa.ArrowInvalid: they have more or fewer.
+        """
+        for batch in batches:
+            last = self.next - 1 + batch.num_rows
+            if last > claimed:
+                raise pa.ArrowInvalid(f"more than the {claimed} rows that it says it has")
+            read = self._size * last // max(claimed, 1)
+            yield RowsBlock(str(self._source), read - self._read, self.next, _columns(batch, self._keys))
+            self.next, self._read = last + 1, read
+        if self.next - 1 < claimed:
+            raise pa.ArrowInvalid(f"{self.next - 1} rows instead of the {claimed} that it says it has")
+
+    def broken(self, place: str, reason: str) -> BrokenBlock:
+        """For what was not read, which is all that is left."""
+        return _broken(self._source, self._read, place, reason)
 
 
 def _check_columns(schema: pa.Schema, keys: Sequence[str]) -> None:
@@ -197,11 +220,6 @@ def _check_columns(schema: pa.Schema, keys: Sequence[str]) -> None:
 def _columns(batch: pa.RecordBatch | pa.Table, keys: Sequence[str]) -> tuple[list[bytes | None], ...]:
     """Undecoded bytes, so that one row that is not UTF-8 does not fail the others."""
     return tuple(batch.column(key).cast(pa.large_binary()).to_pylist() for key in keys)
-
-
-def _share(size: int, row: int, rows: int, total: int) -> int:
-    """Bytes of a file of ``size`` that stand for ``rows`` rows beginning at ``row``."""
-    return size * (row - 1 + rows) // total - size * (row - 1) // total
 
 
 def _broken(source: Path, read: int, place: str, reason: str) -> BrokenBlock:

@@ -166,6 +166,36 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     assert "truncated or damaged" in fault
 
 
+@pytest.mark.parametrize(
+    ("claimed", "kept", "reason"), [(1001, 1000, "row 1001: 1000 rows instead of the 1001"), (999, 768, "row 769: more than the 999 rows")]
+)
+def test_a_parquet_file_with_other_rows_than_it_says_loses_none_in_silence(tmp_path: Path, claimed: int, kept: int, reason: str) -> None:
+    content = save_parquet(tmp_path / "a.parquet", pa.array(["x"] * 1000), row_group_size=500).read_bytes()
+    path = save(tmp_path / "b.parquet", content.replace(b"\x16" + varint(1000) + b"\x19", b"\x16" + varint(claimed) + b"\x19", 1))
+    *rows, fault = read(path)
+    assert len(rows) == kept and fault.startswith(reason)
+    assert sum(block.size for block in read_blocks([path], ["text"])) == path.stat().st_size
+
+
+def varint(number: int) -> bytes:
+    """As Thrift's compact protocol writes small positive numbers: zigzag, seven bits a byte."""
+    low, high = (2 * number) & 0x7F, (2 * number) >> 7
+    return bytes([low | 0x80, high])
+
+
+def test_a_parquet_column_whose_name_is_not_utf8_is_a_fault(tmp_path: Path) -> None:
+    content = save_parquet(tmp_path / "a.parquet", pa.array(TEXTS)).read_bytes()
+    (fault,) = read(save(tmp_path / "b.parquet", content.replace(b"\x04text", b"\x04te\xff\xff")))
+    assert fault.startswith("row 1: 'utf-8' codec can't decode") and "truncated or damaged" in fault
+
+
+def test_bytes_of_a_damaged_table_are_counted_once(tmp_path: Path) -> None:
+    content = save_parquet(tmp_path / "a.parquet", pa.array([os.urandom(50).hex() for _ in range(2000)]), row_group_size=500).read_bytes()
+    path = save(tmp_path / "b.parquet", content[: len(content) // 2] + bytes(20_000) + content[len(content) // 2 + 20_000 :])
+    sizes = [block.size for block in read_blocks([path], ["text"])]
+    assert len(sizes) > 2 and min(sizes) > 0 and sum(sizes) == path.stat().st_size
+
+
 def test_bad_rows_and_columns_of_tables(tmp_path: Path) -> None:
     not_utf8 = pa.array([b"ok", b"\xff\xfe", None, b"end"]).view(pa.string())
     expected = ["ok", "row 2: 'text': invalid UTF-8 at byte 0 (ff fe)", "row 3: 'text' is null, expected a string", "end"]
