@@ -67,7 +67,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     _refuse_other_values(hf)
     _refuse_sliding_window(hf)
     hidden_size, num_heads = _require(hf, "hidden_size"), _require(hf, "num_attention_heads")
-    head_dim, max_position = _default(hf, "head_dim", hidden_size // num_heads), hf["max_position_embeddings"]
+    head_dim, max_position = _default(hf, "head_dim", hidden_size // num_heads), _require(hf, "max_position_embeddings")
     theta, rope = rope_from_hf(hf, head_dim, max_position)
     try:
         return ModelConfig(

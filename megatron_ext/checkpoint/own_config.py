@@ -8,6 +8,7 @@ from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.norm_options import NormOptions
 from megatron_ext.model.rope_scaling import yarn_by_ratio
+from megatron_ext.option_rules import shown
 
 OWN_TYPE = "megatron_ext"
 """Their ``model_type``."""
@@ -57,14 +58,14 @@ def _read(kind: Any, value: Any, key: str) -> Any:
     fits = value in words if words else type(value) in ((int, float) if kind is float else (kind,))
     if not fits:
         accepted = ", ".join(map(repr, words)) if words else kind.__name__
-        raise CheckpointError(f"{key}: {value!r}; accepted: {accepted}")
+        raise CheckpointError(f"{key}: {shown(value)}; accepted: {accepted}")
     return value
 
 
 def _read_fields(kind: Any, value: Any, key: str) -> Any:
     kinds = get_type_hints(kind)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{key}: {value!r}; accepted: an object with {', '.join(kinds)}")
+        raise CheckpointError(f"{key}: {shown(value)}; accepted: an object with {', '.join(kinds)}")
     if wrong := sorted((value.keys() ^ kinds.keys()) - (ADDED_LATER - value.keys())):
         raise CheckpointError(f"{key}: {wrong[0]} is {'unknown' if wrong[0] in value else 'missing'}; needed are {', '.join(kinds)}")
     return kind(**{name: _read(kinds[name], value[name], f"{key}: {name}") for name in kinds if name in value})

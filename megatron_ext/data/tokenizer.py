@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from megatron_ext.data.words import FindWords, word_finder
 from megatron_ext.errors import DataError
 
 LARGEST_UINT16_VOCABULARY = 65499  # Megatron's rule for the dtype of a .bin
+LARGEST_ID = (1 << 24) - 1
+"""Of a token. Tokenizers counts all ids below the largest when it writes, with 4 bytes for each that is missing, and ends the process when
+memory does."""
 
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -123,7 +127,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise DataError(f"{folder}: {type(loaded).__name__} has no tokenizer.json backend, expected a fast tokenizer")
     if loaded.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer has no eos_token, which is needed to end documents")
-    return Tokenizer(loaded.backend_tokenizer.to_str(), loaded.eos_token_id, str(folder), loaded.split_special_tokens, loaded.bos_token_id)
+    token, largest = max(loaded.get_vocab().items(), key=itemgetter(1))
+    if largest > LARGEST_ID:
+        raise DataError(f"{folder}: the id of token {token!r} is {largest}; accepted: ids to {LARGEST_ID}")
+    try:
+        definition = loaded.backend_tokenizer.to_str()
+        return Tokenizer(definition, loaded.eos_token_id, str(folder), loaded.split_special_tokens, loaded.bos_token_id)
+    except Exception as error:  # as above
+        raise DataError(f"{folder}: this tokenizer contradicts itself: {error}") from error
 
 
 def _loader(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from megatron_ext.option_rules import shown
 
 DEFAULT_EPS, SS_EPS = 1e-5, 1e-6
 DEFAULT_THETA = 10000.0
-LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 2**16
+LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 1000
 """Bounds of what sizes may be: names and shapes of all layers are made before any memory is."""
 
 
@@ -48,8 +48,9 @@ class ModelConfig:
         """Refuse shapes that no model can have."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_position")
         for name in sizes:
-            if not 1 <= getattr(self, name) <= (MOST_LAYERS if name == "num_layers" else LARGEST_SIZE):
-                raise ConfigError(f"model.{name} is {shown(getattr(self, name))}; it must be at least 1, and of a size that a model has")
+            value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            if not 1 <= value <= most:
+                raise ConfigError(f"model.{name} is {shown(value)}; it must be at least 1 and at most {most}")
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be above 0")

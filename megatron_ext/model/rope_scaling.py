@@ -27,6 +27,15 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
+    def __post_init__(self) -> None:
+        """Refuse what has no frequencies; a checkpoint may say anything."""
+        numbers = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+        original, needed = self.original_max_position, self.kind in ("yarn", "llama3")
+        require(
+            *((0 < getattr(self, name) < math.inf, f"rope.{name}", getattr(self, name), "a number above 0") for name in numbers),
+            (original > 0 or not needed, "rope.original_max_position", original, f"at least 1 with kind {self.kind}"),
+        )
+
 
 def resolve_rope(options: RopeOptions | None, theta: float, head_dim: int, max_position: int) -> tuple[float, RopeScaling]:
     """Base and scaling that ``options`` ask for, with no key left open.
@@ -110,10 +119,12 @@ def yarn_by_ratio(scaling: RopeScaling, head_dim: int, theta: float, max_positio
     original = max_position / scaling.factor
     if original == scaling.original_max_position:
         return scaling
+    if not original.is_integer() or original < 1:
+        return None
     change = original / scaling.original_max_position
     fast, slow = scaling.beta_fast * change, scaling.beta_slow * change
     found = replace(scaling, original_max_position=int(original), beta_fast=fast, beta_slow=slow)
-    if not original.is_integer() or (scaling.truncate and yarn_range(head_dim, theta, found) != yarn_range(head_dim, theta, scaling)):
+    if scaling.truncate and yarn_range(head_dim, theta, found) != yarn_range(head_dim, theta, scaling):
         return None
     return found
 

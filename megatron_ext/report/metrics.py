@@ -179,6 +179,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such file; a run directory holds its resolved config there") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not a YAML file: {error}") from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply") from None
     if not isinstance(config, dict):
         raise DataError(f"{path}: expected a mapping of keys to values, found {type(config).__name__}")
     return config

@@ -188,6 +188,7 @@ def test_rotary_base_of_the_older_layout() -> None:
         ({"num_local_experts": 8}, "num_local_experts is 8"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size is None; a number is needed"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None; a number is needed"),
         ({"num_key_value_heads": 4}, "num_kv_heads is 4; it must divide"),
     ],
 )

@@ -74,6 +74,11 @@ def test_weights_are_kept_as_they_are_trained(tmp_path: Path) -> None:
         (lambda hf: hf["norm"].update(kind="group"), "config.json: norm: kind: 'group'; accepted: 'rms', 'layer', 'ss'"),
         (lambda hf: hf["norm"].pop("placement"), "config.json: norm: placement is missing"),
         (lambda hf: hf.update(num_kv_heads=4), "config.json describes an impossible model: model.num_kv_heads is 4"),
+        (
+            lambda hf: hf["rope"].update(factor=-2.0),
+            "impossible model: rope.factor: -2.0; accepted: a number above 0",
+        ),
+        (lambda hf: hf["rope"].update(kind="yarn"), "rope.original_max_position: 0; accepted: at least 1 with kind yarn"),
     ],
 )
 def test_what_is_not_such_a_model_is_refused_by_name(change: Any, message: str) -> None:

@@ -240,6 +240,23 @@ def broken_folders(folder: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
     shutil.copytree(folder, tmp_path / "truncated")
     (tmp_path / "truncated" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:5000])
     yield tmp_path / "truncated", "cannot load"
+    shutil.copytree(folder, tmp_path / "far_id")
+    definition = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    definition["model"]["vocab"]["far"] = 2**32 - 1  # 16 GiB to write, were it accepted
+    (tmp_path / "far_id" / "tokenizer.json").write_text(json.dumps(definition), "utf-8")
+    yield tmp_path / "far_id", "the id of token 'far' is 4294967295; accepted: ids to 16777215"
+
+
+def test_a_tokenizer_that_cannot_be_read_back_is_named(byte_level: Path, tmp_path: Path) -> None:
+    """transformers replaces the token that two names share by its id; what is left is not what the merges need."""
+    definition = json.loads((byte_level / "tokenizer.json").read_text("utf-8"))
+    vocabulary = definition["model"]["vocab"]
+    merged = "".join(definition["model"]["merges"][0])
+    vocabulary["other"] = vocabulary[merged]
+    shutil.copytree(byte_level, tmp_path / "twice")
+    (tmp_path / "twice" / "tokenizer.json").write_text(json.dumps(definition), "utf-8")
+    with pytest.raises(DataError, match="twice: this tokenizer contradicts itself: .* out of vocabulary"):
+        load_tokenizer(tmp_path / "twice")
 
 
 def test_unusable_folders_are_named(folder: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_options_left_open_are_resolved() -> None:
         ({"num_kv_heads": 3}, r"model.num_kv_heads is 3; it must divide model.num_heads \(4\)"),
         ({"head_dim": 7}, r"model.head_dim is 7"),
         ({"num_layers": 0}, r"model.num_layers is 0"),
+        ({"num_layers": 65535}, r"model.num_layers is 65535; it must be at least 1 and at most 1000"),
         ({"rope_theta": 0.0}, r"model.rope_theta is 0.0"),
         ({"norm_eps": float("nan")}, r"model.norm_eps is nan"),
         ({"init_std": -1.0}, r"model.init_std is -1.0"),

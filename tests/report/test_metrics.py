@@ -98,7 +98,7 @@ def test_missing_directory_and_files_are_named(tmp_path: Path) -> None:
         read_run(directory)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "!!python/object/apply:os.getcwd []"])
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "!!python/object/apply:os.getcwd []", "[" * 20_000])
 def test_a_config_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     directory = write_run(tmp_path / "run", [start()])
     (directory / "config.yaml").write_text(text, "utf-8")
