@@ -64,7 +64,14 @@ def _work(rank: int, size: int, port: int, threads: int, connection: Connection)
 
 
 def print_ratios(
-    title: str, column: str, base: str, values: dict[str, Sequence[float]], unit: str, better: str, order: str = "the ways in turn in each"
+    title: str,
+    column: str,
+    base: str,
+    values: dict[str, Sequence[float]],
+    unit: str,
+    better: str,
+    order: str = "the ways in turn in each",
+    digits: int = 2,
 ) -> None:
     """A table of medians, and of the ratios to ``base`` within a round.
 
@@ -76,6 +83,7 @@ def print_ratios(
         unit: of the values.
         better: "more" or "less".
         order: of the rounds.
+        digits: of the ratios, behind the point.
     """
     table = Table(title=title)
     for heading in (column, f"{unit} (median)", f"of {base}: min", "median", "max"):
@@ -83,6 +91,6 @@ def print_ratios(
     for name, mine in values.items():
         ratios = sorted(a / b for a, b in zip(mine, values[base], strict=True))
         chosen = (ratios[0], statistics.median(ratios), ratios[-1])
-        table.add_row(name, f"{statistics.median(mine):,.4g}", *(f"{ratio:.2f}" for ratio in chosen))
+        table.add_row(name, f"{statistics.median(mine):,.4g}", *(f"{ratio:.{digits}f}" for ratio in chosen))
     Console(width=110).print(table)
     print(f"{better} is better; {len(next(iter(values.values())))} rounds, {order}")
