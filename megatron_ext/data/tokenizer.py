@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if not any((folder / name).is_file() for name in FILES):
         raise DataError(f"{folder}: not a tokenizer folder, expected one with {', '.join(FILES[:2])} or tokenizer.model")
-    try:
+    with _damage_told(f"{folder}: transformers cannot load this tokenizer"):
         loaded = _loader(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise DataError(f"{folder}: transformers cannot load this tokenizer: {error}") from error
     if not loaded.is_fast:
         raise DataError(f"{folder}: {type(loaded).__name__} has no tokenizer.json backend, expected a fast tokenizer")
     if loaded.eos_token_id is None:
@@ -130,11 +129,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     token, largest = max(loaded.get_vocab().items(), key=itemgetter(1))
     if largest > LARGEST_ID:
         raise DataError(f"{folder}: the id of token {token!r} is {largest}; accepted: ids to {LARGEST_ID}")
-    try:
+    with _damage_told(f"{folder}: this tokenizer contradicts itself"):
         definition = loaded.backend_tokenizer.to_str()
         return Tokenizer(definition, loaded.eos_token_id, str(folder), loaded.split_special_tokens, loaded.bos_token_id)
-    except Exception as error:  # as above
-        raise DataError(f"{folder}: this tokenizer contradicts itself: {error}") from error
+
+
+@contextmanager
+def _damage_told(what: str) -> Iterator[None]:
+    """DataError for all that tokenizers raises for a damaged file: bare Exceptions, and panics, which are none and have no public name."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what}: {error}") from error
 
 
 def _loader(folder: Path) -> Any:

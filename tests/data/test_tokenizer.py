@@ -259,6 +259,15 @@ def test_a_tokenizer_that_cannot_be_read_back_is_named(byte_level: Path, tmp_pat
         load_tokenizer(tmp_path / "twice")
 
 
+def test_a_panic_of_the_backend_names_the_folder(byte_level: Path, tmp_path: Path) -> None:
+    definition = json.loads((byte_level / "tokenizer.json").read_text("utf-8"))
+    definition["model"]["continuing_subword_prefix"] = "longer than any token"
+    shutil.copytree(byte_level, tmp_path / "prefixed")
+    (tmp_path / "prefixed" / "tokenizer.json").write_text(json.dumps(definition), "utf-8")
+    with pytest.raises(DataError, match="prefixed: transformers cannot load this tokenizer: range"):
+        load_tokenizer(tmp_path / "prefixed")
+
+
 def test_unusable_folders_are_named(folder: Path, tmp_path: Path) -> None:
     for path, message in broken_folders(folder, tmp_path):
         with pytest.raises(DataError, match=rf"{path.name}.*{message}"):
