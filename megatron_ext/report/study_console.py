@@ -15,6 +15,9 @@ from megatron_ext.report.study_inside import has_probes, inside_table
 from megatron_ext.report.study_positions import positions_table
 from megatron_ext.report.study_quantization import quantization_table
 
+WIDEST = 1000
+"""Characters of a line of a table."""
+
 
 def print_study(variants: Sequence[Variant], console: Console) -> None:
     """Print headline, warnings, the swept values with their losses and the final table; losses in nats per token."""
@@ -25,7 +28,7 @@ def print_study(variants: Sequence[Variant], console: Console) -> None:
         losses = ", ".join(f"{formats.learning_rate(value)} {formats.loss(validation_loss(run))}" for value, run in variant.sweep.items())
         if losses:
             console.print(Text(f"swept: {variant.name}, {variant.key}: {losses}"))
-    console.print(_table(variants, study_table.results_table(variants), "loss in nats per token", settings=True))
+    _print(console, _table(variants, study_table.results_table(variants), "loss in nats per token", settings=True))
     for numbers, what in (
         (forgetting_table(variants), "last loss of each source, and its worst rise above the start"),
         (positions_table(variants), "last loss of each source, by position in documents"),
@@ -33,9 +36,19 @@ def print_study(variants: Sequence[Variant], console: Console) -> None:
         (quantization_table(variants), "loss in nats per token after quantization"),
     ):
         if numbers is not None:
-            console.print(_table(variants, numbers, what))
+            _print(console, _table(variants, numbers, what))
     if has_probes(variants):
-        console.print(_table(variants, inside_table(variants), "excess kurtosis (that of normal noise), largest over smallest over depth"))
+        _print(
+            console, _table(variants, inside_table(variants), "excess kurtosis (that of normal noise), largest over smallest over depth")
+        )
+
+
+def _print(console: Console, table: Table) -> None:
+    """``table`` with all of every cell: where the console is too narrow, its lines are longer than the console is wide."""
+    needed = console.measure(table, options=console.options.update(width=WIDEST)).maximum
+    width, console.width = console.width, max(console.width, needed)
+    console.print(table)
+    console.width = width
 
 
 def _table(variants: Sequence[Variant], numbers: study_table.Table, what: str, settings: bool = False) -> Table:

@@ -26,7 +26,7 @@ def kurtosis_figure(variants: Sequence[Variant]) -> Figure:
     drawings = []
     for css_class, width, height in (("wide", WIDE, 380), ("narrow", NARROW, 420)):
         figure, (axes,) = canvas.new_figure(width, height)
-        figure.subplots_adjust(bottom=(60 if css_class == "wide" else 120) / height)
+        figure.subplots_adjust(bottom=(70 if css_class == "wide" else 120) / height)
         _draw_kurtosis(axes, variants)
         if css_class == "narrow":
             axes.tick_params(axis="x", labelrotation=90)
@@ -46,7 +46,7 @@ def _draw_kurtosis(axes: Axes, variants: Sequence[Variant]) -> None:
             axes.plot([x], [mean], color=series_color(index), marker="o", markersize=6, markeredgecolor=stand_in("surface"))
         if site in normal:
             axes.plot([place - 0.45, place + 0.45], [normal[site]] * 2, color=stand_in("muted"), linewidth=1.5, dashes=(3, 2))
-    axes.set_xticks(range(len(places)), [formats.site(site) for site in places])
+    axes.set_xticks(range(len(places)), [formats.site(site).replace("_layernorm", "\n_layernorm") for site in places])
     axes.set_xlim(-0.6, len(places) - 0.4)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.count(value)))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))

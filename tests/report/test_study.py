@@ -207,12 +207,16 @@ def test_variants_without_a_sweep_and_with_one_seed(tmp_path: Path) -> None:
     assert "of seed 7" in page.text and "There is one seed" in page.text
 
 
-def test_the_terminal_shows_the_same(variants: list[Variant]) -> None:
-    console = Console(width=160, record=True, file=io.StringIO())
+@pytest.mark.parametrize("width", [40, 160])
+def test_the_terminal_shows_the_same(variants: list[Variant], width: int) -> None:
+    """All of it: on a narrow one lines of tables are longer than it is."""
+    console = Console(width=width, record=True, file=io.StringIO())
     print_study(variants, console)
     text = console.export_text()
-    assert "better [x] ended with the lowest validation loss" in text and "warning: better [x]: the best value" in text
-    assert "swept: plain, optimizer.lr: 1e-3 5.500, 2e-3 5.000, 4e-3 5.200" in text
+    assert "…" not in text and console.width == width
+    words = " ".join(text.split())
+    assert "better [x] ended with the lowest validation loss" in words and "warning: better [x]: the best value" in words
+    assert "swept: plain, optimizer.lr: 1e-3 5.500, 2e-3 5.000, 4e-3 5.200" in words
     assert ["better", "[x]", "4.883", "-2.66", "%"] in [line.split()[:5] for line in text.splitlines()]
 
 
