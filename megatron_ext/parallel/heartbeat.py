@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,7 +34,8 @@ class Heartbeat:
     the others wait for are named, with their stacks.
 
     A rank that has not been heard for ``timeout`` seconds, or a store that does not answer for so long, ends the process of every rank that
-    is left with exit code 1: nothing gentler reaches a thread that waits in a collective. With one rank nothing is started.
+    is left with exit code 1: nothing gentler reaches a thread that waits in a collective. With one rank nothing is started. Seconds are
+    counted in rounds of the thread: when all ranks were frozen and go on, nobody is accused of the time that passed.
 
     Args:
         world: all ranks; all make one.
@@ -102,13 +102,13 @@ class Heartbeat:
 
     def _run(self) -> None:
         beats = 0
-        heard = dict.fromkeys(range(self._world.size), ("", time.monotonic()))
+        heard = dict.fromkeys(range(self._world.size), ("", 0.0))
         while not self._ending.wait(self._interval):
             beats += 1
             try:
                 self._store.set(_beat_key(self._world.rank), self._beat(beats))
                 if self._world.is_main:
-                    self._listen(heard)
+                    self._listen(heard, beats * self._interval)
                 verdict = json.loads(self._store.get(VERDICT)) if self._store.check([VERDICT]) else None
             except Exception as error:
                 verdict = {"rank": 0, "ranks": [0], "event": "silence", "what": f"cannot be reached ({type(error).__name__})"}
@@ -135,9 +135,8 @@ class Heartbeat:
             report = Report(report.moves, report.moment._replace(collective=Collective(name, "torch.distributed", (), 0)))
         return f"{number} {report.encode()}"
 
-    def _listen(self, heard: dict[int, tuple[str, float]]) -> None:
+    def _listen(self, heard: dict[int, tuple[str, float]], now: float) -> None:
         """Note who has beaten since the last time, and judge who has been silent too long or holds the others up."""
-        now = time.monotonic()
         values = self._store.multi_get([_beat_key(rank) for rank in heard])
         for rank, value in enumerate(values):
             if value.decode() != heard[rank][0]:

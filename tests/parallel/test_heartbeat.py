@@ -29,6 +29,9 @@ heartbeat = Heartbeat(world, 3.0) if watched else None
 victim = 0 if what.endswith("0") else size - 1
 try:
     if what == "end":
+        if "frozen" in sys.argv:
+            print("ready", flush=True)
+            sys.stdin.readline()
         heartbeat.close()
         dist.destroy_process_group()
         sys.exit(0)
@@ -48,13 +51,13 @@ except RuntimeError as error:
 """
 
 
-def start(tmp_path: Path, what: str, watched: bool, size: int = 3) -> list[subprocess.Popen[str]]:
+def start(tmp_path: Path, what: str, watched: bool, size: int = 3, *more: str) -> list[subprocess.Popen[str]]:
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT, "utf-8")
     port = str(20000 + os.getpid() % 20000)
     environment = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
-    command = [sys.executable, str(script), what, "watched" if watched else "alone"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(script), what, "watched" if watched else "alone", *more]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(command, env=environment | {"RANK": str(rank)}, **pipes) for rank in range(size)]
 
 
@@ -98,6 +101,26 @@ def test_a_rank_that_falls_silent_is_named_in_time(tmp_path: Path, what: str, vi
 
 def test_a_good_end_is_silent(tmp_path: Path) -> None:
     assert [(code, "host" in errors) for code, errors in finish(start(tmp_path, "end", watched=True), 25)] == [(0, False)] * 3
+
+
+def test_ranks_that_were_all_frozen_and_go_on_accuse_nobody(tmp_path: Path) -> None:
+    ranks = start(tmp_path, "end", True, 3, "frozen")
+    assert [rank.stdout.readline() for rank in ranks] == ["ready\n"] * 3
+    judge, *others = ranks
+    # The judge stops last and goes on first, so that it knows every beat, and sees no other when it goes on.
+    for rank in others:
+        rank.send_signal(signal.SIGSTOP)
+    time.sleep(1.0)
+    judge.send_signal(signal.SIGSTOP)
+    time.sleep(4.0)
+    judge.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    for rank in others:
+        rank.send_signal(signal.SIGCONT)
+    for rank in ranks:
+        rank.stdin.write("go on\n")
+        rank.stdin.flush()
+    assert [(code, "host" in errors) for code, errors in finish(ranks, 25)] == [(0, False)] * 3
 
 
 def seen_waiting(world: World) -> str:
