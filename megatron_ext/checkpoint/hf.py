@@ -44,12 +44,12 @@ def load_hf_config(directory: str | Path) -> ModelConfig:
     return config_from_hf(read_hf_json(directory))
 
 
-def load_hf_weights(model: GPT, directory: str | Path) -> None:
+def load_hf_weights(model: GPT, directory: str | Path, moved: Callable[[], None] = lambda: None) -> None:
     """Copy the weights of a Hugging Face directory into ``model`` (not on the meta device), cast to its dtype, a tensor at a time.
 
     Of a model that holds only a part, only that part is read. Everything is checked before the first value changes: raises
     CheckpointError naming the tensor or file for anything missing, unexpected, of another shape or not floating-point, and for pickled
-    weights.
+    weights. ``moved`` is called after each tensor.
     """
     files, boxes = _checked_files(directory, model.config), parameter_boxes(model)
     with torch.no_grad():
@@ -57,6 +57,7 @@ def load_hf_weights(model: GPT, directory: str | Path) -> None:
             shape, box = boxes[name]
             with safe_open(files[name], framework="pt") as file:
                 parameter.copy_(file.get_slice(name)[slices(box, whole_box(shape))])
+            moved()
 
 
 def read_hf_tensors(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -1,24 +1,29 @@
 """Read a checkpoint: verify every file first, then only the rows that this rank owns."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_ext.checkpoint.directory import latest, saved_steps
 from megatron_ext.checkpoint.manifest import damaged_files, read_state
 from megatron_ext.checkpoint.optimizer_state import OwnedStateReader
 from megatron_ext.checkpoint.save import SavedOptimizer
 from megatron_ext.errors import CheckpointError
+from megatron_ext.optim.ownership import OwnedBox
 from megatron_ext.optim.state_change import StateChange
 from megatron_ext.parallel.world import World
 
 
-def find_checkpoint(root: Path, resume: str, branch_from: str | None = None) -> Path | None:
+def find_checkpoint(root: Path, resume: str, branch_from: str | None = None, moved: Callable[[], None] = lambda: None) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
         root: directory that holds the run's checkpoints.
         resume: ``auto`` (the latest in ``root``, or else ``branch_from``), ``never``, or a checkpoint directory.
         branch_from: the checkpoint of another run that this one begins from; None: it begins from nothing.
+        moved: called while files are looked through.
 
     Raises:
         CheckpointError: the directory does not exist, or ``latest`` does not say which it is; names the next older whole checkpoint.
@@ -28,11 +33,11 @@ def find_checkpoint(root: Path, resume: str, branch_from: str | None = None) -> 
     try:
         path = latest(root) if resume == "auto" else Path(resume)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}{_offer(saved_steps(root))}") from error
+        raise CheckpointError(f"{error}{_offer(saved_steps(root), moved)}") from error
     if path is None and branch_from is not None:
         path = Path(branch_from)
     if path is not None and not path.is_dir():
-        raise CheckpointError(f"{path} is missing{_offer(_older(path))}")
+        raise CheckpointError(f"{path} is missing{_offer(_older(path), moved)}")
     return path
 
 
@@ -49,10 +54,10 @@ def verify(directory: Path, world: World) -> dict[str, Any]:
     except CheckpointError as error:
         problems.append(str(error))
     else:
-        problems = damaged_files(directory, state["files"], sorted(state["files"])[world.rank :: world.size])
+        problems = damaged_files(directory, state["files"], sorted(state["files"])[world.rank :: world.size], world.activity.move)
     problems = list(dict.fromkeys(message for messages in world.gather(problems) for message in messages))
     if problems:
-        offer = world.on_main(_offer(_older(directory)) if world.is_main else None)
+        offer = world.on_main(_offer(_older(directory), world.activity.move) if world.is_main else None)
         raise CheckpointError("; ".join(problems) + offer)
     return state
 
@@ -62,14 +67,14 @@ def _older(damaged: Path) -> list[Path]:
     return [path for path in saved_steps(damaged.parent) if path.name < damaged.name]
 
 
-def _offer(candidates: list[Path]) -> str:
+def _offer(candidates: list[Path], moved: Callable[[], None]) -> str:
     """A sentence that names the newest whole checkpoint among ``candidates`` (oldest first), or says that there is none."""
     for path in reversed(candidates):
         try:
             state = read_state(path)
         except CheckpointError:
             continue
-        if not damaged_files(path, state["files"], state["files"]):
+        if not damaged_files(path, state["files"], state["files"], moved):
             return f". The next older whole checkpoint is {path}: resume from it with checkpoint.resume={path}"
     return ". There is no older whole checkpoint"
 
@@ -84,6 +89,11 @@ def load_optimizer(directory: Path, optimizer: SavedOptimizer, world: World) -> 
         CheckpointError: the parameters of the checkpoint are not those of the model.
     """
     reader = OwnedStateReader(directory)
+
+    def read(part: OwnedBox) -> dict[str, torch.Tensor]:
+        world.activity.move()
+        return reader(part)
+
     saved = reader.shapes
     shapes = {name: placement.shape for name, placement in optimizer.placements.items()}
     held = {name for names in world.gather(sorted(shapes)) for name in names}
@@ -100,5 +110,5 @@ def load_optimizer(directory: Path, optimizer: SavedOptimizer, world: World) -> 
     problems = [problem for problems in world.gather(wrong) for problem in problems]
     if problems:
         raise CheckpointError(f"{directory}: {problems[0]}")
-    changes = optimizer.load_owned_state(reader)
+    changes = optimizer.load_owned_state(read)
     return [StateChange(*change) for of_rank in world.gather(changes) for change in of_rank]

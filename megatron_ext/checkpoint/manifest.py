@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from megatron_ext.option_rules import shown
 
 STATE_FILE = "trainer_state.json"
 Entry = dict[str, Any]
+_CHUNK_BYTES = 2**24
 _NEEDED = ("step", "files")
 _KINDS: Mapping[str, tuple[type, str]] = MappingProxyType(
     {
@@ -25,10 +26,14 @@ _KINDS: Mapping[str, tuple[type, str]] = MappingProxyType(
 """Of what resuming reads, the kinds of its values."""
 
 
-def file_entry(path: Path) -> Entry:
-    """Size in bytes and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def file_entry(path: Path, moved: Callable[[], None] = lambda: None) -> Entry:
+    """Size in bytes and SHA-256 of a file. ``moved`` is called while it is read, again and again."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            moved()
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def seal(state: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +68,8 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-def damaged_files(directory: Path, files: Mapping[str, Entry], names: Iterable[str]) -> list[str]:
-    """What is wrong with the files ``names`` of a checkpoint, one message each; empty if nothing is."""
+def damaged_files(directory: Path, files: Mapping[str, Entry], names: Iterable[str], moved: Callable[[], None] = lambda: None) -> list[str]:
+    """What is wrong with the files ``names`` of a checkpoint, one message each; empty if nothing is. ``moved`` as of ``file_entry``."""
     messages = []
     for name in names:
         path, entry = directory / name, files[name]
@@ -74,6 +79,6 @@ def damaged_files(directory: Path, files: Mapping[str, Entry], names: Iterable[s
             messages.append(f"{path} is missing")
         elif path.stat().st_size != entry["bytes"]:
             messages.append(f"{path} is truncated: {path.stat().st_size} bytes, saved were {entry['bytes']}")
-        elif file_entry(path) != entry:
+        elif file_entry(path, moved) != entry:
             messages.append(f"{path} is altered: its SHA-256 is not the one that was saved")
     return messages

@@ -6,7 +6,7 @@ run, on any grid, reads just the boxes that it owns then.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,20 @@ class OwnedFile:
         """With the values as they are now, in memory of the host that nobody else writes to."""
         return replace(self, tensors={key: host_copy(tensor) for key, tensor in self.tensors.items()})
 
-    def write(self, directory: Path) -> list[str]:
+    def write(self, directory: Path, moved: Callable[[], None] = lambda: None) -> list[str]:
         """Write the file into a checkpoint; returns its name, or nothing where the rank saves nothing.
+
+        Args:
+            directory: of the checkpoint.
+            moved: called after each tensor.
 
         Raises:
             NonFiniteError: a master is not finite.
         """
         if not self.entries:
             return []
-        with tensor_file(directory / self.name, {key: (tensor.dtype, tensor.shape) for key, tensor in self.tensors.items()}) as write:
+        kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in self.tensors.items()}
+        with tensor_file(directory / self.name, kinds, moved=moved) as write:
             for key, tensor in self.tensors.items():
                 name, kind, _ = key.split("|")
                 write(require_finite(name, kind, tensor) if kind == MASTER else tensor)

@@ -119,17 +119,18 @@ class CheckpointWriter:
         made = self._agree(attempt(lambda: self._make_directory(step)) if self.world.is_main else None)
         beside, placements = Path(made.result), optimizer.placements
         plan = plan_weight_files(placements, self.grid, self._itemsize, self.max_shard_bytes)
-        owned = owned_file(optimizer.owned_state(), self.world.rank, self.world.size)
+        owned = owned_file(self.world.activity.each(optimizer.owned_state()), self.world.rank, self.world.size)
         state = json.loads(json.dumps({**state, "step": step}))
         if copied:
             copies = copy_weight_files(plan, weight, placements, self.grid)
-            return SaveJob(step, beside, plan, state, owned.copied(), lambda: write_copies(copies, beside))
+            return SaveJob(step, beside, plan, state, owned.copied(), lambda: write_copies(copies, beside, self.world.activity.move))
         return SaveJob(step, beside, plan, state, owned, lambda: write_weight_files(plan, beside, weight, placements, self.grid))
 
     def write_part(self, job: SaveJob) -> dict[str, Any]:
         """Write this rank's files; returns them with their hashes, and the index entries of the parts that it saves."""
-        written = job.write_weights() + job.owned.write(job.beside)
-        return {"files": {file: file_entry(job.beside / file) for file in written}, "entries": job.owned.entries}
+        moved = self.world.activity.move
+        written = job.write_weights() + job.owned.write(job.beside, moved)
+        return {"files": {file: file_entry(job.beside / file, moved) for file in written}, "entries": job.owned.entries}
 
     def gather(self, job: SaveJob, part: Attempt) -> list[Attempt]:
         """What ``write_part`` came to on every rank, by rank. All ranks call it; all raise if one failed."""

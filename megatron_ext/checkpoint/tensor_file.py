@@ -5,6 +5,7 @@ header, and the values in the order of the header; the library reads what is wri
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from megatron_ext.atomic_io import atomic_open
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Kind = tuple[torch.dtype, torch.Size]
+SYNC_BYTES = 2**28
+"""Written at most before they are flushed to disk: at the end of a large file that would take so long that it looks like standstill."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -26,7 +29,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def tensor_file(
-    path: Path, tensors: Mapping[str, Kind], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Mapping[str, Kind], metadata: Mapping[str, str] | None = None, moved: Callable[[], None] = lambda: None
 ) -> Iterator[Callable[[torch.Tensor], None]]:
     """A function that appends the next tensor. The file appears under its name when the block ends, and not at all if it ends by an error.
 
@@ -34,16 +37,24 @@ def tensor_file(
         path: name of the file.
         tensors: dtype and shape by name, in the order in which the tensors will be written.
         metadata: strings for the header.
+        moved: called after each tensor.
     """
     expected = iter(tensors.values())
     header = _header(tensors, metadata or {})
     with atomic_open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
+        synced = 0
 
         def write(tensor: torch.Tensor) -> None:
+            nonlocal synced
             assert (tensor.dtype, tensor.shape) == next(expected), "tensors come as they were announced"
             values = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(memoryview(values.view(torch.uint8).numpy()))
+            if file.tell() - synced >= SYNC_BYTES:
+                file.flush()
+                os.fdatasync(file.fileno())
+                synced = file.tell()
+            moved()
 
         yield write
         assert next(expected, None) is None, "every announced tensor was written"

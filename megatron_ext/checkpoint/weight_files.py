@@ -75,7 +75,7 @@ def write_weight_files(
         tensors = _assembled(file, weight, placements, grid)
         if file.is_written_by(grid):
             try:
-                _write(directory / file.name, file.shapes, tensors)
+                _write(directory / file.name, file.shapes, tensors, grid.world.activity.move)
                 written.append(file.name)
             except (OSError, NonFiniteError) as error:
                 failure = failure or error
@@ -100,17 +100,17 @@ def copy_weight_files(
     return kept
 
 
-def write_copies(copies: list[tuple[WeightFile, list[Tensor]]], directory: Path) -> list[str]:
-    """Write what ``copy_weight_files`` kept; returns the names of the files."""
+def write_copies(copies: list[tuple[WeightFile, list[Tensor]]], directory: Path, moved: Callable[[], None] = lambda: None) -> list[str]:
+    """Write what ``copy_weight_files`` kept; returns the names of the files. ``moved`` is called after each tensor."""
     for file, tensors in copies:
-        _write(directory / file.name, file.shapes, iter(tensors))
+        _write(directory / file.name, file.shapes, iter(tensors), moved)
     return [file.name for file, _ in copies]
 
 
-def _write(path: Path, shapes: Mapping[str, torch.Size], tensors: Iterator[Tensor]) -> None:
+def _write(path: Path, shapes: Mapping[str, torch.Size], tensors: Iterator[Tensor], moved: Callable[[], None]) -> None:
     tensors = (require_finite(name, "exported", tensor) for name, tensor in zip(shapes, tensors, strict=True))
     first = next(tensors)
-    with tensor_file(path, {name: (first.dtype, shape) for name, shape in shapes.items()}, {"format": "pt"}) as write:
+    with tensor_file(path, {name: (first.dtype, shape) for name, shape in shapes.items()}, {"format": "pt"}, moved) as write:
         write(first)
         del first
         for tensor in tensors:

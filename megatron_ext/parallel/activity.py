@@ -58,7 +58,7 @@ class Activity:
     def __init__(self) -> None:
         self.now = Moment()
         self.moves = 0
-        """Grows with every change."""
+        """Changes with every change of the moment and with every call of ``move``."""
         self._seconds: Counter[str] = Counter()
         self._since = time.perf_counter()
         self._begun: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
@@ -72,6 +72,16 @@ class Activity:
     def end(self) -> None:
         """Training is over."""
         self.begin("")
+
+    def move(self) -> None:
+        """Tell of progress within the moment, such as a tensor that was written. Threads that work for this rank may call it, too."""
+        self.moves += 1
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Go through items, each of which is a move."""
+        for item in items:
+            self.move()
+            yield item
 
     def packs(self, packs: Items[Item], phase: str = "forward") -> Iterator[Item]:
         """Go through packs: each is read in phase ``data`` and handed over in ``phase``."""

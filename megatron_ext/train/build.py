@@ -178,12 +178,12 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
 
     if config.optimizer.sharding == "zero3":
         model = partitioned(make, grid, dtype)
-        set_weights(model, _first_weights(setup))
+        set_weights(model, grid.world.activity.each(_first_weights(setup)))
     else:
         with torch.device("meta"):
             model = make()
         model.to_empty(device=device)
-        _fill(model, setup)
+        _fill(model, setup, grid.world.activity.move)
         model = model.to(dtype)
     set_tile(model, config.train.mlp_tile_tokens)
     model.loss_tile = config.train.loss_tile_tokens
@@ -211,10 +211,10 @@ def _ring_attention(setup: Setup, grid: Grid, dtype: torch.dtype) -> dict[str, s
     return {"ring attention": f"{backend} (auto: that of the device, whatever model.attention is)"}
 
 
-def _fill(model: GPT, setup: Setup) -> None:
-    """Give a model its first weights."""
+def _fill(model: GPT, setup: Setup, moved: Callable[[], None]) -> None:
+    """Give a model its first weights; ``moved`` is called after each that is read."""
     if setup.config.model.init_from:
-        load_hf_weights(model, setup.config.model.init_from)
+        load_hf_weights(model, setup.config.model.init_from, moved)
     else:
         model.reset_parameters(setup.config.seed)
 

@@ -24,7 +24,7 @@ def build_distillation(config: RunConfig, model: GPT, sources: list[str], grid: 
         stage = teacher_stage(shape, model.config, model.stage, grid.stage, grid.shape.pp)
         teacher = GPT(shape, attention, tp=model.tp, stage=stage).to(parameter.dtype)
     teacher.to_empty(device=parameter.device)
-    load_hf_weights(teacher, options.teacher)
+    load_hf_weights(teacher, options.teacher, grid.world.activity.move)
     factor = 1.0 if config.optimizer.sharding == "whole_tensor" else float(grid.shape.dp)
     return Distillation(model, teacher, options, sources, grid, factor)
 

@@ -372,7 +372,7 @@ class Trainer:
     def _resume(self) -> Path | None:
         """Continue from the checkpoint that the configuration names; None if the run begins."""
         options = self.config.checkpoint
-        path = find_checkpoint(self.run_dir / CHECKPOINTS, options.resume, options.branch_from)
+        path = find_checkpoint(self.run_dir / CHECKPOINTS, options.resume, options.branch_from, self.world.activity.move)
         if path is None:
             return None
         state = verify(path, self.world)

@@ -63,9 +63,9 @@ def look_while_one_writes(world: World, root: Path) -> list[bool]:
     model, optimizer = trained(world)
     gate, original = threading.Event(), OwnedFile.write
 
-    def wait_at_gate(self: OwnedFile, directory: Path) -> list[str]:
+    def wait_at_gate(self: OwnedFile, *arguments: Any) -> list[str]:
         gate.wait()
-        return original(self, directory)
+        return original(self, *arguments)
 
     if world.rank < world.size - 1:
         gate.set()

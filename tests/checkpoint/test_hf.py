@@ -78,7 +78,9 @@ def our_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
 
 def load(directory: Path) -> GPT:
     model = GPT(load_hf_config(directory), attention="sdpa")
-    load_hf_weights(model, directory)
+    moves: list[int] = []
+    load_hf_weights(model, directory, lambda: moves.append(1))
+    assert len(moves) == len(list(model.parameters())), "each tensor is told of"
     return model
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,19 @@ def test_a_smaller_vocabulary_is_refused(root: Path) -> None:
     optimizer = owner_optimizer(named, lambda owned: torch.optim.AdamW([t for _, t in owned]))
     with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is \[50, 16\] in the checkpoint, \[49, 16\] in the model"):
         load_optimizer(root / "step_00000003", optimizer, ALONE)
+
+
+def test_every_tensor_and_file_is_told_of(tmp_path: Path) -> None:
+    """Or a rank that works on a large checkpoint would look like one that hangs."""
+    world = World(0, 1, torch.device("cpu"))
+    model, optimizer = trained(world)
+    parts, moves = len(optimizer.owned), [world.activity.moves]
+    path = writer(tmp_path, world).save(1, weight_of(model), optimizer, {"tokens": 1}).path
+    moves.append(world.activity.moves)
+    files = verify(path, world)["files"]
+    moves.append(world.activity.moves)
+    load_optimizer(path, optimizer, world)
+    moves.append(world.activity.moves)
+    saved, verified, loaded = (after - before for before, after in pairwise(moves))
+    assert saved == parts + parts + 3 * parts + 2, "gathered; exported; masters with two moments; and the files of both are hashed"
+    assert verified == len(files) and loaded == parts

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.manifest import damaged_files, file_entry, read_state, seal
 from megatron_ext.errors import CheckpointError
 
@@ -13,6 +14,15 @@ STATE = {"step": 3, "data": {"cursors": {"ü": [1, 2.5]}}, "files": {}}
 def test_an_entry_is_size_and_hash(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert file_entry(tmp_path / "file") == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+
+
+def test_large_files_are_read_in_pieces_each_of_which_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_CHUNK_BYTES", 4)
+    (tmp_path / "file").write_bytes(b"abcdefghi")
+    moves: list[int] = []
+    entry = file_entry(tmp_path / "file", lambda: moves.append(1))
+    assert entry == {"bytes": 9, "sha256": hashlib.sha256(b"abcdefghi").hexdigest()} and len(moves) == 3
+    assert damaged_files(tmp_path, {"file": entry}, ["file"], lambda: moves.append(1)) == [] and len(moves) == 6
 
 
 def test_a_sealed_state_is_read_back_whatever_its_layout(tmp_path: Path) -> None:

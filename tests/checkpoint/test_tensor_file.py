@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_ext.checkpoint import tensor_file as module
 from megatron_ext.checkpoint.tensor_file import tensor_file, write_tensors
 
 TENSORS = {
@@ -42,3 +43,16 @@ def test_what_was_not_announced_is_a_defect(tmp_path: Path, tensors: list[torch.
         for tensor in tensors:
             write(tensor)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_tensor_is_told_of_and_what_was_written_is_flushed_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {str(number): (torch.float32, torch.Size([64])) for number in range(6)}
+    happened: list[str] = []
+    monkeypatch.setattr(module, "SYNC_BYTES", 2 * 256)
+    monkeypatch.setattr(module.os, "fdatasync", lambda descriptor: happened.append("flushed"))
+    with tensor_file(tmp_path / "a.safetensors", kinds, moved=lambda: happened.append("moved")) as write:
+        for _ in kinds:
+            write(torch.ones(64))
+    # The header, which has more bytes than a tensor, comes with the first.
+    assert happened == ["flushed", "moved", "moved", "flushed", "moved", "moved", "flushed", "moved", "moved"]
+    assert load_file(tmp_path / "a.safetensors").keys() == kinds.keys()

@@ -80,9 +80,9 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
     run = Run(tmp_path, CheckpointOptions(keep_last=9, asynchronous=True))
     original = OwnedFile.write
 
-    def slow(self: OwnedFile, folder: Path) -> list[str]:
+    def slow(self: OwnedFile, *arguments: Any) -> list[str]:
         time.sleep(0.3)
-        return original(self, folder)
+        return original(self, *arguments)
 
     with mock.patch.object(OwnedFile, "write", slow):
         run.save(1)
