@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.parallel.activity import Activity, Collective, Pending
+from megatron_ext.parallel.device import synchronize
 
 PACK_AXES = ("block", "ring")
 """Groups of ranks that share packs."""
@@ -124,9 +125,10 @@ class Group:
             dist.send(tensor.contiguous(), self.ranks[to], group=self.handle)
 
     def receive(self, tensor: Tensor, source: int) -> Tensor:
-        """Fill ``tensor`` with what rank ``source`` of the group sends; returns it."""
+        """Fill ``tensor`` with what rank ``source`` of the group sends; returns it when all of it is there."""
         with self.activity.waiting(self.activity.collective("receive", self.axis, [self.ranks[source]])):
             dist.recv(tensor, self.ranks[source], group=self.handle)
+            synchronize(tensor.device)
         return tensor
 
     def start_rotate(self, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Pending]]:

@@ -42,19 +42,21 @@ class World:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a small tensor over all ranks, on the CPU in float64."""
         values = values.to(self.device, torch.float64)
-        if self.size > 1:
-            with self._waiting("sum"):
-                dist.all_reduce(values)
-        return values.cpu()
+        if self.size == 1:
+            return values.cpu()
+        with self._waiting("sum"):
+            dist.all_reduce(values)
+            return values.cpu()
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """Largest values of a small tensor over all ranks, on the CPU in float64."""
         values = values.to(self.device, torch.float64)
-        if self.size > 1:
-            values = values.clone()
-            with self._waiting("max"):
-                dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values.cpu()
+        if self.size == 1:
+            return values.cpu()
+        values = values.clone()
+        with self._waiting("max"):
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+            return values.cpu()
 
     def any(self, flag: bool) -> bool:
         """True on every rank if ``flag`` is true on one."""
@@ -68,12 +70,13 @@ class World:
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
         with self._waiting("gather"):
             dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
-        longest = max(int(size) for size in sizes)
-        padded = torch.nn.functional.pad(text, (0, longest - len(text)))
+            lengths = [int(size.cpu()) for size in sizes]
+        padded = torch.nn.functional.pad(text, (0, max(lengths) - len(text)))
         texts = [torch.empty_like(padded) for _ in range(self.size)]
         with self._waiting("gather"):
             dist.all_gather(texts, padded)
-        return [json.loads(bytes(t[: int(size)].cpu().numpy())) for t, size in zip(texts, sizes, strict=True)]
+            texts = [text.cpu() for text in texts]
+        return [json.loads(bytes(text[:length].numpy())) for text, length in zip(texts, lengths, strict=True)]
 
     def from_main(self, numbers: list[int] | None, usual: int) -> list[int]:
         """The int32 numbers that rank 0 passed, on every rank. Sent at once if no more than ``usual``, which all ranks agree on."""
@@ -95,7 +98,7 @@ class World:
         tensor = tensor.to(self.device)
         with self._waiting("broadcast"):
             dist.broadcast(tensor, src=0)
-        return tensor.cpu()
+            return tensor.cpu()
 
     def _waiting(self, collective: str) -> AbstractContextManager[None]:
         return self.activity.waiting(self.activity.collective(collective, "world", range(self.size)))

@@ -3,6 +3,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from megatron_ext.parallel import group
 from megatron_ext.parallel.activity import Activity, Collective, Moment
 from megatron_ext.parallel.grid import Grid, GridShape
 from megatron_ext.parallel.hang import Report
@@ -54,6 +55,69 @@ def test_work_is_counted_without_waiting_and_other_phases() -> None:
 def test_a_report_travels_as_text() -> None:
     for moment in (Moment(), Moment(4, "forward", (1, 2)), Moment(4, "plan", None, Collective("sum", "world", (0, 1, 2), 7))):
         assert Report.decode(Report(5, moment).encode()) == Report(5, moment)
+
+
+def test_progress_within_a_moment_counts_as_a_move() -> None:
+    activity = Activity()
+    activity.begin("save", step=3)
+    moves = [activity.moves]
+    for name in activity.each("ab"):
+        moves.append(activity.moves)
+        assert name in "ab" and activity.now == Moment(3, "save")
+    activity.move()
+    assert [*moves, activity.moves] == list(range(moves[0], moves[0] + 4))
+
+
+def reads_late(world: World) -> list[str]:
+    """What rank 0 was in while it read results that rank 1 had not sent: as on a GPU, collectives return at once and reading waits."""
+    pending: list[dist.Work] = []
+    seen: list[str] = []
+    real = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "broadcast")}
+    for name, run in real.items():
+        setattr(dist, name, lambda *arguments, run=run, **named: pending.append(run(*arguments, async_op=True, **named)))
+    read = torch.Tensor.cpu
+
+    def cpu(self: torch.Tensor) -> torch.Tensor:
+        if world.rank == 1:
+            time.sleep(0.1)
+        seen.append(str(world.activity.now.collective))
+        while pending:
+            pending.pop().wait()
+        return read(self)
+
+    torch.Tensor.cpu = cpu
+    try:
+        assert world.sum(torch.ones(1)).tolist() == [2.0]
+        assert world.max(torch.tensor([float(world.rank)])).tolist() == [1.0]
+        assert world.gather(f"rank {world.rank}") == ["rank 0", "rank 1"]
+        assert world.from_main([4, 5] if world.is_main else None, 1) == [4, 5]
+    finally:
+        torch.Tensor.cpu = read
+        for name, run in real.items():
+            setattr(dist, name, run)
+    return seen
+
+
+def test_reading_the_result_of_a_collective_counts_as_waiting_for_it(run_ranks: RunRanks) -> None:
+    for seen in run_ranks(2, reads_late):
+        assert "None" not in seen
+        assert {name.split(" (")[0] for name in seen} == {"sum", "max", "gather", "broadcast"}
+
+
+def receives(world: World) -> list[str]:
+    """What a rank that receives is in while it waits until the device has what was sent."""
+    seen: list[str] = []
+    group.synchronize = lambda device: seen.append(f"{device}: {world.activity.now.collective.name}")
+    dp = Grid(world, GridShape(1, 2, 1)).dp
+    if world.is_main:
+        dp.send(torch.ones(1), 1)
+    else:
+        dp.receive(torch.zeros(1), 0)
+    return seen
+
+
+def test_a_receive_ends_when_all_is_there(run_ranks: RunRanks) -> None:
+    assert run_ranks(2, receives) == [[], ["cpu: receive"]]
 
 
 def waits(world: World) -> tuple[list[str], int]:
