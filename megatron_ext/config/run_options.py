@@ -39,7 +39,8 @@ class TrainOptions:
     """Seconds without a sign of life from a rank after which all others end and name it."""
     hang_timeout: float | None = 300.0
     """Seconds in which no rank gets on while ranks wait for others, after which all end and name those that are waited for, with their
-    stacks; four times as long until the first step has ended, and at least ten median steps. null: never."""
+    stacks; at least ten median steps, and four times as long until the first step has ended, in loading a checkpoint and at the end.
+    null: never."""
     threads_per_rank: int | None = None
     """CPU threads of a rank; null: the cores of the machine divided by its ranks."""
 

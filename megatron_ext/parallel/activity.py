@@ -38,7 +38,8 @@ class Moment(NamedTuple):
     step: int = 0
     """The step that it computes, or after which it does something else; 0 before the first."""
     phase: str = ""
-    """``data``, ``plan``, ``forward``, ``backward``, ``optimizer``, ``evaluate``, ``save``; empty before and after training."""
+    """Of a step ``data``, ``plan``, ``forward``, ``backward``, ``optimizer``, ``exchange``, ``record``; around steps ``start``, ``load``,
+    ``evaluate``, ``save``, ``end``; empty where nobody said."""
     pack: tuple[int, int] | None = None
     """Number of the pack in this step, from 1, and number of all packs."""
     collective: Collective | None = None
@@ -46,13 +47,14 @@ class Moment(NamedTuple):
 
     def __str__(self) -> str:
         pack = f" of pack {self.pack[0]} of {self.pack[1]}" if self.pack else ""
-        return f"step {self.step}, {self.phase or 'not training'}{pack}" + (f", in {self.collective}" if self.collective else "")
+        return f"step {self.step}, {self.phase or 'not in a run'}{pack}" + (f", in {self.collective}" if self.collective else "")
 
 
 class Activity:
     """Keeps the moment of one rank. Made once a rank and handed around; the thread that trains changes it, others may read it.
 
-    Where a device works on while the host goes on, seconds are those of the host.
+    Seconds are those of the host. On a GPU they include what the host waits for where it reads a result, as the losses at the end of every
+    pack: the device's work, and there also its waiting for the ranks that share a pack or a tensor.
     """
 
     def __init__(self) -> None:
@@ -69,10 +71,6 @@ class Activity:
         if step is not None:
             self._seconds.clear()
 
-    def end(self) -> None:
-        """Training is over."""
-        self.begin("")
-
     def move(self) -> None:
         """Tell of progress within the moment, such as a tensor that was written. Threads that work for this rank may call it, too."""
         self.moves += 1
@@ -82,6 +80,14 @@ class Activity:
         for item in items:
             self.move()
             yield item
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """Around what is a phase of its own inside another, which goes on afterwards."""
+        before = self.now
+        self.begin(phase)
+        yield
+        self._change(before)
 
     def packs(self, packs: Items[Item], phase: str = "forward") -> Iterator[Item]:
         """Go through packs: each is read in phase ``data`` and handed over in ``phase``."""
@@ -105,7 +111,7 @@ class Activity:
 
     @contextmanager
     def waiting(self, collective: Collective) -> Iterator[None]:
-        """Around whatever waits for other ranks."""
+        """Around whatever waits for other ranks: the collective and, since a device may only have queued it, the reading of its result."""
         before = self.now
         self._change(before._replace(collective=collective))
         yield

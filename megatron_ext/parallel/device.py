@@ -97,6 +97,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def works_beside_host(device: torch.device) -> bool:
+    """Whether the device is only given its work by the host, which goes on at once and waits where it reads a result."""
+    return device.type != "cpu"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":

@@ -48,7 +48,7 @@ class Heartbeat:
         self, world: World, timeout: float, hangs: HangWatch | None = None, tell: Callable[[str, dict[str, Any]], None] | None = None
     ) -> None:
         self._world, self._timeout, self._hangs, self._tell = world, timeout, hangs, tell
-        self._interval = min(1.0, timeout / 5, hangs.limit / 20 if hangs else timeout)
+        self._interval = min(1.0, timeout / 5, hangs.limit() / 20 if hangs else timeout)
         self._trains = threading.get_ident()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
@@ -86,6 +86,8 @@ class Heartbeat:
     def close(self) -> None:
         """End in good order. All ranks call it."""
         if self._thread is not None:
+            # Still watched: a rank that does not come to its end is named.
+            self._world.barrier()
             # Set on every rank before any can be through the barrier and take its store away: from here silence is no alarm.
             self._ending.set()
             self._world.barrier()
@@ -150,7 +152,7 @@ class Heartbeat:
         elif self._hangs is not None:
             quiet = [rank for rank, (_, when) in heard.items() if now - when > max(2.0, 5 * self._interval)]
             if hang := self._hangs.judge(reports, now, quiet):
-                what = f"{hang.what} (train.hang_timeout; the limit is {self._hangs.limit:.0f} s)"
+                what = f"{hang.what} (train.hang_timeout; the limit is {hang.limit:.0f} s)"
                 self._judge({"rank": hang.ranks[0], "ranks": hang.ranks, "event": "hang", "what": what})
 
     def _judge(self, verdict: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.config import RunConfig, dump_config, monitor_config
+from megatron_ext.parallel.device import works_beside_host
 from megatron_ext.parallel.hang import HangWatch
 from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.shared_directory import prove_shared, prove_writable
@@ -39,8 +40,8 @@ def pretrain(config: RunConfig) -> None:
     if launched_ranks()[0] == 0:
         prove_writable(Path(config.run_dir))
     world = join_world(config.train.threads_per_rank)
-    hangs = None if config.train.hang_timeout is None else HangWatch(config.train.hang_timeout, COLLECTIVE_TIMEOUT.total_seconds())
-    heartbeat = Heartbeat(world, config.train.heartbeat_timeout, hangs, partial(_tell, config, world))
+    world.activity.begin("start")
+    heartbeat = Heartbeat(world, config.train.heartbeat_timeout, _hang_watch(config, world), partial(_tell, config, world))
     try:
         _train(setup, world, heartbeat)
         heartbeat.close()
@@ -49,6 +50,11 @@ def pretrain(config: RunConfig) -> None:
         raise
     # Only after a good end: a rank that failed would wait here for ranks that wait for it.
     dist.destroy_process_group()
+
+
+def _hang_watch(config: RunConfig, world: World) -> HangWatch | None:
+    timeout = config.train.hang_timeout
+    return None if timeout is None else HangWatch(timeout, COLLECTIVE_TIMEOUT.total_seconds(), works_beside_host(world.device))
 
 
 def _train(setup: Setup, world: World, heartbeat: Heartbeat) -> None:

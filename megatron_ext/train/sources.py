@@ -11,7 +11,8 @@ from megatron_ext.data.options import DataOptions, SourceOptions, StageOptions
 from megatron_ext.data.sampler import Sampler
 from megatron_ext.data.shares import ConstantShares, Fade, FadingShares, Shares
 from megatron_ext.data.stages import Stage
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.parallel.world import World
 
 CONFIG_FILE = "config.yaml"
 
@@ -82,6 +83,14 @@ def build_mixture(config: RunConfig) -> Sampler:
         return DecomposedMixture(corpora, weights, config.seed, length, parts.smallest, parts.curriculum, parts.cycle_tokens)
     first, *later = build_stages(data, total_steps(config))
     return Mixture(corpora, first.shares, config.seed, first.sequence_length, first.metadata, later)
+
+
+def check_same_data(mixture: Sampler, world: World) -> None:
+    """Raise DataError on all ranks if one sees other training data than rank 0."""
+    seen = world.gather(mixture.fingerprint())
+    other = next((rank for rank, each in enumerate(seen) if each != seen[0]), None)
+    if other is not None:
+        raise DataError(f"rank {other} sees other training data than rank 0: the files of data.sources differ between machines")
 
 
 def build_stages(data: DataOptions, steps: int) -> list[Stage]:

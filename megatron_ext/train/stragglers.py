@@ -33,6 +33,10 @@ class StragglerWatch:
 
     It tells and decides nothing, and has no state to save: its counts are those since the start. All ranks make one.
 
+    On a CPU these seconds are without waiting for others. On a GPU they are those of the host, see ``Activity``: ranks that share tensors
+    or packs with a slow one look as slow. In a pipeline only the last stage reads its losses pack by pack; on the stages before, seconds
+    are little more than those of launching kernels.
+
     Args:
         grid: the ranks.
         options: from which ratio on, and for how many steps in a row, a rank counts as a straggler.

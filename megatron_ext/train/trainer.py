@@ -17,7 +17,7 @@ from megatron_ext.checkpoint.save import CheckpointWriter
 from megatron_ext.config import Change, changes, settings, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.data.loss_weights import LossWeights, total_weight
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import ConfigError
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.optim.state_change import StateChange, describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
@@ -44,6 +44,7 @@ from megatron_ext.train.recorder import Recorder
 from megatron_ext.train.run_lock import RunLock
 from megatron_ext.train.saving import Saving
 from megatron_ext.train.skip_events import rollback_event, skip_event
+from megatron_ext.train.sources import check_same_data
 from megatron_ext.train.step_guard import StepGuard
 from megatron_ext.train.step_plans import StepPlan, StepPlanner
 from megatron_ext.train.step_record import step_flops, step_record
@@ -73,7 +74,7 @@ class Trainer:
         self.guard = StepGuard(self.config.train.skip)
         self.ledger = Ledger(self.run_dir, list(self.tokens_by_source), self.world.is_main, self.config.logging.ledger)
         self.stop = StopRequest(self.run_dir)
-        self._check_same_data()
+        check_same_data(setup.mixture, self.world)
         self.model, self.chosen = build_model(setup, grid)
         assert self.model.precision is not None, "build_model gives it"
         self.precision = self.model.precision
@@ -90,7 +91,8 @@ class Trainer:
         self.state_changes: list[str] = []
         self.overrides: list[Change] = []
         self.branched = False
-        self.resumed_from = self._resume()
+        with self.world.activity.within("load"):
+            self.resumed_from = self._resume()
         self.data_watch = DataWatch(setup.mixture, self.config.data.repeats_warned_at)
         self.planner = self._build_planner()
         self.needles = self._build_needles()
@@ -135,7 +137,7 @@ class Trainer:
             self._train()
         finally:
             self.planner.close()
-        self.world.activity.end()
+        self.world.activity.begin("end")
         self.recorder.close()
         self.ledger.close()
         if self.digests is not None:
@@ -232,7 +234,8 @@ class Trainer:
     def _go_back(self, checkpoint: Path) -> None:
         """Become the run that resumes from ``checkpoint`` and passes over the documents read since, and let the checkpoint say so."""
         last, tokens, rollbacks, causes = self.step, self.tokens, self.guard.rollbacks, self.guard.causes()
-        self._restore(checkpoint, verify(checkpoint, self.world))
+        with self.world.activity.within("load"):
+            self._restore(checkpoint, verify(checkpoint, self.world))
         mixture = self.setup.mixture
         self.data_watch = DataWatch(mixture, self.config.data.repeats_warned_at)
         self.metrics.go_back(self.step)
@@ -404,12 +407,6 @@ class Trainer:
         self.precision.load(state.get("precision"))
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
         return changes
-
-    def _check_same_data(self) -> None:
-        seen = self.world.gather(self.setup.mixture.fingerprint())
-        other = next((rank for rank, each in enumerate(seen) if each != seen[0]), None)
-        if other is not None:
-            raise DataError(f"rank {other} sees other training data than rank 0: the files of data.sources differ between machines")
 
     def _introduce(self) -> None:
         """Print the banner and write the start record."""

@@ -66,6 +66,9 @@ def test_progress_within_a_moment_counts_as_a_move() -> None:
         assert name in "ab" and activity.now == Moment(3, "save")
     activity.move()
     assert [*moves, activity.moves] == list(range(moves[0], moves[0] + 4))
+    with activity.within("load"):
+        assert activity.now == Moment(3, "load")
+    assert activity.now == Moment(3, "save")
 
 
 def reads_late(world: World) -> list[str]:

@@ -34,8 +34,8 @@ def test_those_that_others_wait_for_are_found(moments: list[Moment], late: list[
 class Clock:
     """A run of four ranks on a clock of its own."""
 
-    def __init__(self, timeout: float, collective_timeout: float = 1800.0) -> None:
-        self.watch, self.now, self.moves = HangWatch(timeout, collective_timeout), 0.0, 0
+    def __init__(self, timeout: float, collective_timeout: float = 1800.0, asynchronous: bool = False) -> None:
+        self.watch, self.now, self.moves = HangWatch(timeout, collective_timeout, asynchronous), 0.0, 0
 
     def steps(self, count: int, seconds: float) -> None:
         """Whole steps of so many seconds, in the middle of which all wait for rank 1."""
@@ -70,12 +70,12 @@ def test_a_rank_that_stands_still_is_named_with_what_all_do() -> None:
 def test_slow_steps_raise_the_limit_and_the_collective_bounds_it() -> None:
     clock = Clock(10.0)
     clock.steps(5, 30.0)
-    assert clock.watch.limit == 300.0
+    assert clock.watch.limit() == 300.0
     clock.moves = 99
     assert clock.stand(290, STUCK) is None and clock.stand(20, STUCK) is not None
     clock = Clock(10.0, collective_timeout=200.0)
     clock.steps(5, 30.0)
-    assert clock.watch.limit == 160.0
+    assert clock.watch.limit() == 160.0
 
 
 def test_the_first_step_may_take_longer() -> None:
@@ -89,6 +89,46 @@ def test_who_does_not_wait_or_train_is_left_alone() -> None:
     assert clock.stand(1000, [moment(DP), moment(DP), moment(DP), moment(None, "", 0)]) is None, "one has not begun"
     clock.moves += 1
     assert clock.stand(100, [moment(DP), moment(), moment(), moment()]) is not None
+
+
+@pytest.mark.parametrize("phase", ["start", "load", "end"])
+def test_what_comes_before_and_after_the_steps_is_judged_but_may_take_longer(phase: str) -> None:
+    clock = Clock(10.0)
+    clock.steps(5, 0.5)
+    clock.moves += 1
+    stuck = [moment(WORLD, phase), moment(None, phase), moment(WORLD, phase), moment(WORLD, phase)]
+    assert clock.stand(39, stuck) is None
+    said = clock.stand(3, stuck)
+    assert said is not None and f"rank 1 has not moved for 40 s: step 4, {phase}. ranks 0, 2, 3" in said
+
+
+QUEUED = [moment(phase="backward"), moment(), moment(phase="optimizer"), moment(phase="optimizer")]
+"""Of hosts that gave their devices the work, of which that of rank 1 does not come."""
+
+
+def test_where_collectives_return_at_once_nobody_needs_to_say_that_it_waits() -> None:
+    assert Clock(10.0).stand(5000, QUEUED) is None
+    clock = Clock(10.0, asynchronous=True)
+    clock.steps(5, 0.5)
+    # Rank 1 stood still first, then rank 0, which waits for it without a word; the others are past their own work.
+    reports = {rank: Report(100, each) for rank, each in enumerate(QUEUED)}
+    for late, now in ((1, 0.0), (0, 1.0)):
+        reports[late] = Report(101, reports[late].moment)
+        assert clock.watch.judge(reports, clock.now + now) is None
+    hang = clock.watch.judge(reports, clock.now + 11.5)
+    assert hang is not None and hang.ranks == [1, 0] and hang.limit == 10.0
+    assert hang.what.startswith("has not moved for 12 s: step 4, forward. rank 0: step 4, backward; ranks 2, 3: step 4, optimizer")
+
+
+def test_where_collectives_return_at_once_slow_runs_are_left_alone() -> None:
+    clock = Clock(10.0, asynchronous=True)
+    clock.steps(5, 30.0)
+    clock.moves += 1
+    assert clock.stand(290, QUEUED) is None, "ten median steps"
+    for phase in ("data", "save", "start"):
+        clock.moves += 1
+        assert clock.stand(5000, [moment(phase=phase)] * 4) is None, "nobody waits for a device"
+    assert Clock(10.0, asynchronous=True).stand(39, QUEUED) is None, "the first step compiles kernels"
 
 
 def test_a_silent_rank_is_named_before_those_that_wait() -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ext.checkpoint import load, manifest, optimizer_state
 from megatron_ext.config import load_config
 from megatron_ext.parallel import heartbeat
 from megatron_ext.parallel.world import World
 from megatron_ext.report.events import read_events
-from megatron_ext.train import packs
+from megatron_ext.train import packs, trainer
 from megatron_ext.train.engine import Engine
 from megatron_ext.train.rank_log import log_path
 from megatron_ext.train.run import pretrain
@@ -51,6 +52,27 @@ def slow_data(world: World, step: int, seconds: float) -> None:
     packs.read_pack, Engine.step = read, count
 
 
+def slow_after(module: Any, name: str, seconds: float) -> None:
+    """``module.name`` takes so long whenever it has done its work."""
+    real = getattr(module, name)
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        result = real(*arguments, **named)
+        dawdle(seconds)
+        return result
+
+    setattr(module, name, slow)
+
+
+PLACES = {
+    "start": (trainer, "build_model"),
+    "load": (load, "read_state"),
+    "save": (optimizer_state, "require_finite"),
+    "end": (Engine, "close"),
+}
+"""What stands still on the victim, by the phase that it is then in."""
+
+
 def faulty(world: World, config: Path, fault: str) -> None:
     """``pretrain`` with a fault built in."""
     leave = os._exit
@@ -70,6 +92,11 @@ def faulty(world: World, config: Path, fault: str) -> None:
     Engine.step = step
     if fault == "data" and world.rank == VICTIM:
         slow_data(world, STEP, 1000)
+    if fault in PLACES and world.rank == VICTIM:
+        slow_after(*PLACES[fault], 1000)
+    if fault == "slow files" and world.rank == VICTIM:
+        slow_after(optimizer_state, "require_finite", 0.5)
+        slow_after(manifest, "file_entry", 0.7)
     if fault == "slow":
         slow_data(world, 1, 0.7)
     # The test's own launcher ends the group.
@@ -119,6 +146,34 @@ def test_the_rank_that_holds_the_others_up_is_named(
         stack = "\n".join(stands["details"]["stack"])
         assert stands["level"] == "ERROR" and stands["rank"] == rank and "rank 1 on host" in stands["message"]
         assert function in stack or (fault == "data" and rank != VICTIM), stack
+
+
+@pytest.mark.parametrize(("phase", "step"), [("start", 0), ("load", 0), ("save", 2), ("end", 2)])
+def test_a_rank_that_stands_still_outside_the_steps_is_named(
+    run_ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str], phase: str, step: int
+) -> None:
+    config = config_of(tmp_path, train__steps=2)
+    if phase == "load":
+        run_ranks(1, faulty, config, "none")
+    with pytest.raises(RankError, match="ended without an answer"):
+        run_ranks(2, faulty, config, phase)
+    last = read_events(tmp_path / "run")[-1]
+    assert (last.event, last.details["rank"]) == ("hang", VICTIM)
+    assert f" s: step {step}, {phase}. rank 0: step {step}, {phase}, in " in last.details["what"]
+    assert "in dawdle" in capfd.readouterr().err
+
+
+def test_slow_files_are_no_hang_as_long_as_one_follows_the_other(run_ranks: RunRanks, tmp_path: Path) -> None:
+    """One rank takes longer than the limit to save, and to verify at the next start, but no tensor and no file does."""
+    config = config_of(tmp_path, train__steps=3, checkpoint__every=None, checkpoint__max_shard_gib=1e-5)
+    for steps in (3, 6):
+        config.write_text(config.read_text("utf-8").replace("steps: 3", f"steps: {steps}"), "utf-8")
+        run_ranks(2, faulty, config, "slow files")
+    events = read_events(tmp_path / "run")
+    assert [event.event for event in events if event.event in ("hang", "failure", "finish")] == ["finish"] * 2
+    assert max(event.details["seconds"] for event in events if event.event == "save") > 4.0
+    entries = json.loads((tmp_path / "run/checkpoints/step_00000003/trainer_state.json").read_text("utf-8"))["files"]
+    assert len(entries) // 2 * 0.7 > 4.0, "what the slow rank took to verify"
 
 
 def test_a_run_that_is_slow_but_gets_on_is_left_alone(run_ranks: RunRanks, tmp_path: Path) -> None:

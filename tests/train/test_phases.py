@@ -50,10 +50,10 @@ def test_a_run_tells_its_phases_in_order(run_ranks: RunRanks, tmp_path: Path, ov
             "1 record",
             "1 evaluate",
             "1 save",
-            "1 ",
+            "1 end",
         ]
         places = [seen.index(phase) for phase in order if phase != "1 exchange"]
         assert places == sorted(places), seen
-        assert "1 exchange" in seen and seen[-1] == "1 "
+        assert "1 exchange" in seen and seen[-1] == "1 end"
         assert {"broadcast", "sum", "gather"} <= set(waits)
         assert len(work) == 2 and all(0 < seconds < 60 for seconds in work)
