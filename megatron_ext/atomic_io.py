@@ -22,6 +22,15 @@ def fsync_file(path: Path) -> None:
     fsync_directory(path)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, where they are missing, so that their names survive a power cut."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_directory(path.parent)
+
+
 @contextmanager
 def atomic_open(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open ``path`` for writing ("w" or "wb") so that it changes only when the block ends without an error."""

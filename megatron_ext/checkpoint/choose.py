@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.checkpoint.directory import latest, saved_steps
+from megatron_ext.checkpoint.directory import latest, saved_steps, step_of
 from megatron_ext.checkpoint.manifest import damaged_files, read_state
 from megatron_ext.errors import CheckpointError
 
@@ -22,7 +22,7 @@ class Choice:
     @property
     def step(self) -> int:
         """The step after which it was saved; 0 without one."""
-        return int(self.path.name.removeprefix("step_")) if self.path is not None else 0
+        return step_of(self.path) if self.path is not None else 0
 
 
 def newest_whole(root: Path) -> Choice:
@@ -32,7 +32,7 @@ def newest_whole(root: Path) -> Choice:
     except CheckpointError as error:
         candidates, passed_over = saved_steps(root), [str(error)]
     else:
-        candidates = [] if newest is None else [path for path in saved_steps(root) if path < newest] + [newest]
+        candidates = [] if newest is None else [path for path in saved_steps(root) if step_of(path) < step_of(newest)] + [newest]
         passed_over = []
     for path in reversed(candidates):
         problems = damage(path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.directory import latest, saved_steps
+from megatron_ext.checkpoint.directory import latest, plain_name, saved_steps
 from megatron_ext.checkpoint.manifest import damaged_files, read_state
 from megatron_ext.checkpoint.optimizer_state import OwnedStateReader
 from megatron_ext.checkpoint.save import SavedOptimizer
@@ -36,9 +36,17 @@ def find_checkpoint(root: Path, resume: str, branch_from: str | None = None, mov
         raise CheckpointError(f"{error}{_offer(saved_steps(root), moved)}") from error
     if path is None and branch_from is not None:
         path = Path(branch_from)
-    if path is not None and not path.is_dir():
-        raise CheckpointError(f"{path} is missing{_offer(_older(path), moved)}")
+    if path is not None and (problem := _not_there(path)):
+        raise CheckpointError(f"{path} {problem}{_offer(_older(path), moved)}")
     return path
+
+
+def _not_there(path: Path) -> str | None:
+    """Why ``path`` is no directory; None if it is one."""
+    try:
+        return None if path.is_dir() else "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
 
 
 def verify(directory: Path, world: World) -> dict[str, Any]:
@@ -64,7 +72,7 @@ def verify(directory: Path, world: World) -> dict[str, Any]:
 
 def _older(damaged: Path) -> list[Path]:
     """Checkpoints beside ``damaged`` that were saved before it."""
-    return [path for path in saved_steps(damaged.parent) if path.name < damaged.name]
+    return [path for path in saved_steps(damaged.parent) if plain_name(path) < plain_name(damaged)]
 
 
 def _offer(candidates: list[Path], moved: Callable[[], None]) -> str:

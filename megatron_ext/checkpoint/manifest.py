@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -72,13 +73,26 @@ def damaged_files(directory: Path, files: Mapping[str, Entry], names: Iterable[s
     """What is wrong with the files ``names`` of a checkpoint, one message each; empty if nothing is. ``moved`` as of ``file_entry``."""
     messages = []
     for name in names:
-        path, entry = directory / name, files[name]
-        if not is_contained(directory, name):
-            messages.append(f"{directory / STATE_FILE} lists {name!r}, which is outside the checkpoint")
-        elif not path.is_file():
-            messages.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            messages.append(f"{path} is truncated: {path.stat().st_size} bytes, saved were {entry['bytes']}")
-        elif file_entry(path, moved) != entry:
-            messages.append(f"{path} is altered: its SHA-256 is not the one that was saved")
+        try:
+            problem = _damage(directory, name, files[name], moved)
+        except OSError as error:
+            problem = f"{directory / name} cannot be read: {error.strerror or error}"
+        if problem is not None:
+            messages.append(problem)
     return messages
+
+
+def _damage(directory: Path, name: str, entry: Entry, moved: Callable[[], None]) -> str | None:
+    """What is wrong with a file. Raises OSError if that cannot be told."""
+    path = directory / name
+    if not is_contained(directory, name):
+        return f"{directory / STATE_FILE} lists {name!r}, which is outside the checkpoint"
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path} is missing"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path} is no file"
+    if status.st_size != entry["bytes"]:
+        return f"{path} is truncated: {status.st_size} bytes, saved were {entry['bytes']}"
+    return None if file_entry(path, moved) == entry else f"{path} is altered: its SHA-256 is not the one that was saved"

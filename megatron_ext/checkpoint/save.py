@@ -14,10 +14,11 @@ from megatron_ext.atomic_io import fsync_file, write_json
 from megatron_ext.checkpoint import hf
 from megatron_ext.checkpoint.amend import amend_state
 from megatron_ext.checkpoint.attempts import Attempt, attempt, failure
-from megatron_ext.checkpoint.directory import begin, keep_newest, publish
+from megatron_ext.checkpoint.directory import Eviction, begin, keep_newest, plain_name, publish
 from megatron_ext.checkpoint.manifest import STATE_FILE, Entry, file_entry, seal
 from megatron_ext.checkpoint.optimizer_state import FOLDER, INDEX, OwnedFile, index_of, owned_file
 from megatron_ext.checkpoint.weight_files import WeightFile, copy_weight_files, plan_weight_files, write_copies, write_weight_files
+from megatron_ext.errors import CheckpointError
 from megatron_ext.optim.ownership import OwnedBox
 from megatron_ext.optim.state_change import StateChange
 from megatron_ext.parallel.device import DTYPES
@@ -59,6 +60,8 @@ class Saved:
     path: Path
     evicted: list[str]
     """Names of the older ones that were removed for it."""
+    not_removed: list[str]
+    """What else was to be removed and could not be, and why."""
     num_bytes: int
     """Of all its files."""
     seconds: float
@@ -143,9 +146,10 @@ class CheckpointWriter:
         files = self._finish(job, parts)
         self.confirm()
         path = publish(self.root, job.beside, job.step)
-        evicted = keep_newest(self.root, self.keep_last, self.keep_every)
+        eviction = self._evict()
+        evicted = [plain_name(each) for each in eviction.removed]
         num_bytes = sum(entry["bytes"] for entry in files.values())
-        return {"path": str(path), "evicted": [each.name for each in evicted], "num_bytes": num_bytes}
+        return {"path": str(path), "evicted": evicted, "not_removed": eviction.problems, "num_bytes": num_bytes}
 
     def settle(self, job: SaveJob, parts: list[Attempt], published: Attempt | None) -> Saved:
         """What ``publish`` came to on rank 0, which passes it. All ranks call it; all raise if it failed."""
@@ -174,6 +178,13 @@ class CheckpointWriter:
     def _make_directory(self, step: int) -> str:
         self.confirm()
         return str(begin(self.root, step))
+
+    def _evict(self) -> Eviction:
+        """Remove what is not kept. The new checkpoint is in its place: whatever happens here is no failure of the save."""
+        try:
+            return keep_newest(self.root, self.keep_last, self.keep_every)
+        except (OSError, CheckpointError) as error:
+            return Eviction([], [f"{self.root}: {error}"])
 
     def _finish(self, job: SaveJob, parts: list[Attempt]) -> dict[str, Entry]:
         """Write configuration, tokenizer, indices, and last the trainer state with every file's hash; returns all others with theirs."""
@@ -216,11 +227,11 @@ class CheckpointWriter:
         if not no_space:
             return left
         needed = owned_bytes + sum(shape.numel() for file in job.plan for shape in file.shapes.values()) * self._itemsize
-        free = shutil.disk_usage(self.root).free
-        return (
-            f"{left}. The checkpoint needs {needed / 2**20:,.1f} MiB; without it {self.root} has {free / 2**20:,.1f} MiB free. "
-            "The older checkpoints are kept"
-        )
+        try:
+            free = f"{shutil.disk_usage(self.root).free / 2**20:,.1f} MiB free"
+        except OSError as error:
+            free = f"an unknown room ({error.strerror})"
+        return f"{left}. The checkpoint needs {needed / 2**20:,.1f} MiB; without it {self.root} has {free}. The older checkpoints are kept"
 
 
 def _flush(directory: Path, files: list[str]) -> dict[str, Entry]:

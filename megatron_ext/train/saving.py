@@ -27,7 +27,7 @@ class Saving:
     Args:
         writer: writes the checkpoints.
         options: whether in the background, and what follows a failure.
-        metrics: gets an event ``save``, ``evict`` or ``save_failed``.
+        metrics: gets an event ``save``, ``evict``, ``evict_failed`` or ``save_failed``.
         console: gets a line.
         resumed_from: the checkpoint that the run goes on from.
     """
@@ -111,6 +111,9 @@ class Saving:
         self._console.say(f"saved {saved.path} in {saved.seconds:.1f} s{beside}")
         for name in saved.evicted:
             self._metrics.write("event", event="evict", **at, checkpoint=name)
+        for problem in saved.not_removed:
+            self._metrics.write("event", event="evict_failed", **at, error=problem)
+            self._console.say(f"step {step}: {problem}. It is tried again after the next save")
 
     def _failed(self, step: int, error: StorageError, last: bool) -> None:
         self._metrics.write("event", event="save_failed", step=step, tokens=self._tokens, error=str(error))

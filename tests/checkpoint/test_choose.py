@@ -1,10 +1,21 @@
 """The newest whole checkpoint, whatever happened to those after it."""
 
+import errno
 import os
 from pathlib import Path
+from typing import IO, Any
+from unittest import mock
 
+import pytest
+
+from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.choose import Choice, newest_whole
+from megatron_ext.checkpoint.directory import saved_steps
+from megatron_ext.checkpoint.load import find_checkpoint, verify
+from megatron_ext.errors import CheckpointError
+from tests.checkpoint.tiny_state import trained, weight_of, writer
 from tests.distributed import RunRanks
+from tests.grids import ALONE
 from tests.train.tiny_run import train, write_run
 
 
@@ -38,6 +49,36 @@ def test_checkpoints_after_the_one_that_latest_names_are_of_another_attempt(run_
     root = tmp_path / "run" / "checkpoints"
     (root / "latest").write_text("step_00000001\n")
     assert newest_whole(root) == Choice(root / "step_00000001")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE], ids=errno.errorcode.get)
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path: Path, number: int) -> None:
+    model, optimizer = trained()
+    for step in (1, 2):
+        writer(tmp_path).save(step, weight_of(model), optimizer, {})
+    first, second = (tmp_path / f"step_{step:08d}" for step in (1, 2))
+    bad, is_dir = second / "model.safetensors", Path.is_dir
+
+    def unreadable(path: Path, *arguments: Any, **options: Any) -> IO[bytes]:
+        if path == bad:
+            raise OSError(number, os.strerror(number))
+        return open(path, *arguments, **options)
+
+    with mock.patch.object(manifest, "open", unreadable, create=True):
+        choice = newest_whole(tmp_path)
+        assert choice.path == first and choice.passed_over == (f"{bad} cannot be read: {os.strerror(number)}",)
+        with pytest.raises(CheckpointError, match=f"{bad} cannot be read: .*. The next older whole checkpoint is {first}"):
+            verify(second, ALONE)
+
+    def gone(self: Path) -> bool:
+        if self == second:
+            raise OSError(number, os.strerror(number))
+        return is_dir(self)
+
+    with mock.patch.object(Path, "is_dir", gone):
+        assert [path.name for path in saved_steps(tmp_path)] == [first.name, second.name], "it is there, whatever is wrong with it"
+        with pytest.raises(CheckpointError, match=f"{second} cannot be read: .*. The next older whole checkpoint is {first}"):
+            find_checkpoint(tmp_path, "auto")
 
 
 def test_nothing_saved_is_nothing_passed_over(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.manifest import damaged_files, file_entry, read_state, seal
 from megatron_ext.errors import CheckpointError
@@ -62,3 +66,13 @@ def test_each_kind_of_damage_has_its_message(tmp_path: Path) -> None:
         "'a/../b', which",
     ]
     assert len(messages) == len(expected) and all(text in message for text, message in zip(expected, messages, strict=True))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["open", "stat"])
+def test_what_cannot_be_read_is_damage(tmp_path: Path, number: int, name: str) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    files = {"file": file_entry(tmp_path / "file")}
+    failing = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+    with mock.patch.object(manifest if name == "open" else Path, name, failing, create=True):
+        assert damaged_files(tmp_path, files, ["file"]) == [f"{tmp_path / 'file'} cannot be read: {os.strerror(number)}"]

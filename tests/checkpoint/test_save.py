@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_ext.checkpoint import save
+from megatron_ext.checkpoint.choose import newest_whole
 from megatron_ext.checkpoint.directory import latest, saved_steps
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
-from megatron_ext.errors import StorageError
+from megatron_ext.errors import CheckpointError, StorageError
 from megatron_ext.parallel.world import World
 from tests.checkpoint.tiny_state import CONFIG, trained, weight_of, writer
 from tests.distributed import RunRanks
@@ -73,8 +74,8 @@ def test_state_comes_back_bit_for_bit_on_any_number_of_ranks(run_ranks: RunRanks
         assert all(torch.equal(result[name], tensor) for name, tensor in exported.items())
 
 
-def killed_at(call: int, root: Path) -> bool:
-    """Save step 2 in a fork that is killed just before its ``call``-th change of the disk; whether it came so far."""
+def killed_at(call: int, root: Path, step: int = 2) -> bool:
+    """Save step ``step`` in a fork that is killed just before its ``call``-th change of the disk; whether it came so far."""
     model, optimizer = trained(seed=2)
     child = os.fork()
     if child == 0:
@@ -93,7 +94,7 @@ def killed_at(call: int, root: Path) -> bool:
         for name in names:
             setattr(os, name, deadly(getattr(os, name)))
         try:
-            writer(root, keep_last=1).save(2, weight_of(model), optimizer, {})
+            writer(root, keep_last=1).save(step, weight_of(model), optimizer, {})
         except BaseException:
             # Not one more line of the test runner may run here.
             traceback.print_exc()
@@ -127,6 +128,29 @@ def test_killed_at_any_moment_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -
         if not was_killed:
             break
     assert calls > 20 and seen == sorted(seen) and set(seen) == {1, 2}
+
+
+def test_killed_at_any_moment_a_save_of_the_only_checkpoints_step_leaves_a_whole_one(tmp_path: Path) -> None:
+    """As of a run with ``checkpoint.resume=never`` where there is one checkpoint."""
+    first, second = (trained(seed=seed) for seed in (1, 2))
+    calls, seen = 0, []
+    while True:
+        calls += 1
+        root = tmp_path / str(calls)
+        writer(root).save(2, weight_of(first[0]), first[1], {})
+        was_killed = killed_at(calls, root)
+        path = find_checkpoint(root, "auto")
+        assert path is not None and path == newest_whole(root).path and verify(path, ALONE)["step"] == 2
+        model, optimizer = trained(seed=3)
+        load_optimizer(path, optimizer, ALONE)
+        found = [all(map(torch.equal, model.parameters(), each[0].parameters())) for each in (first, second)]
+        seen.append(found.index(True))
+        writer(root, keep_last=1).save(2, weight_of(model), optimizer, {})
+        assert sorted(entry.name for entry in root.iterdir()) == ["latest", "step_00000002"], "leftovers are cleaned"
+        shutil.rmtree(root)
+        if not was_killed:
+            break
+    assert calls > 20 and seen == sorted(seen) and set(seen) == {0, 1}
 
 
 def test_killed_at_any_moment_the_very_first_save_leaves_all_or_nothing(tmp_path: Path) -> None:
@@ -177,14 +201,29 @@ def test_an_error_on_one_rank_is_one_on_all_and_leaves_the_old_checkpoint(run_ra
     verify(tmp_path / "step_00000001", ALONE)
 
 
-@pytest.mark.parametrize("name", ["begin", "publish", "write_json", "keep_newest"])
+@pytest.mark.parametrize("name", ["begin", "publish", "write_json"])
 def test_an_error_of_the_main_rank_leaves_the_old_checkpoint(tmp_path: Path, name: str) -> None:
     error = OSError(errno.EDQUOT, "Disk quota exceeded")
     message, seen = fail_on_last_rank(ALONE, tmp_path, name, error)
     assert message.startswith("cannot save the checkpoint: OSError: [Errno 122] Disk quota exceeded")
     assert not [name for name in seen if name.startswith(".")]
-    verify(tmp_path / "step_00000001", ALONE) if name != "keep_newest" else verify(tmp_path / "step_00000002", ALONE)
+    verify(tmp_path / "step_00000001", ALONE)
     assert latest(tmp_path) == tmp_path / "step_00000003"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), CheckpointError("latest says nothing")])
+def test_a_checkpoint_that_is_in_its_place_is_saved_whatever_becomes_of_older_ones(tmp_path: Path, error: Exception) -> None:
+    model, optimizer = trained()
+    with mock.patch.object(save, "keep_newest", mock.Mock(side_effect=error)):
+        saved = writer(tmp_path).save(2, weight_of(model), optimizer, {})
+    assert saved.path == tmp_path / "step_00000002" and saved.evicted == [] and saved.not_removed == [f"{tmp_path}: {error}"]
+    assert verify(saved.path, ALONE)["step"] == 2
+
+
+def test_an_unknown_room_is_no_reason_to_hide_that_the_disk_is_full(tmp_path: Path) -> None:
+    with mock.patch.object(shutil, "disk_usage", mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))):
+        message, _ = fail_on_last_rank(ALONE, tmp_path, "write", OSError(errno.ENOSPC, "No space left on device"))
+    assert "No space left on device" in message and f"{tmp_path} has an unknown room (Stale file handle)" in message
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What follows a save, and one that fails: events, the run's end or its going on, on a disk that is really full too."""
 
 import errno
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_ext.checkpoint import directory
 from megatron_ext.checkpoint.directory import latest, saved_steps
 from megatron_ext.checkpoint.load import verify
 from megatron_ext.checkpoint.options import CheckpointOptions
@@ -167,11 +167,43 @@ def test_on_a_disk_that_is_full_old_checkpoints_stay_whole(small_disk: Path, asy
 
 
 def test_nothing_is_evicted_before_the_new_one_is_there(tmp_path: Path) -> None:
-    run = Run(tmp_path, CheckpointOptions(keep_last=1, on_failure="continue"))
-    run.save(1)
-    with mock.patch.object(directory.os, "rename", full):
-        run.save(2)
-    assert run.kept() == [1] and verify(run.root / "step_00000001", ALONE)["step"] == 1
+    Run(tmp_path, CheckpointOptions(keep_last=2)).save(1)
+    Run(tmp_path, CheckpointOptions(keep_last=2)).save(2)
+    run, rename = Run(tmp_path, CheckpointOptions(keep_last=1, on_failure="continue")), os.rename
+
+    def full_for_the_new_one(path: Path, to: Path) -> None:
+        full() if to.name == "step_00000003" else rename(path, to)
+
+    with mock.patch.object(os, "rename", full_for_the_new_one):
+        run.save(3)
+    assert run.kept() == [1, 2] and all(verify(path, ALONE)["step"] for path in saved_steps(run.root))
+    run.save(3)
+    assert run.kept() == [3]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_that_cannot_be_removed_is_no_failure_of_a_save(
+    tmp_path: Path, asynchronous: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, rmtree = Run(tmp_path, CheckpointOptions(keep_last=1, asynchronous=asynchronous)), shutil.rmtree
+
+    def stuck(path: Path, **options: Any) -> None:
+        if "step_00000001" in path.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path / "model.safetensors"))
+        rmtree(path, **options)
+
+    with mock.patch.object(shutil, "rmtree", stuck):
+        for step in (1, 2, 3):
+            run.save(step)
+            run.finish_background()
+            assert run.saving.newest() == run.root / f"step_{step:08d}" == latest(run.root)
+    assert run.events() == [("save", 1), ("save", 2), ("evict", 2), ("evict_failed", 2), ("save", 3), ("evict", 3), ("evict_failed", 3)]
+    error = next(event.details["error"] for event in read_events(tmp_path) if event.event == "evict_failed")
+    assert "/.step_00000001." in error and "cannot be removed: [Errno 13] Permission denied" in error
+    said = capsys.readouterr().out
+    assert said.count("Permission denied") == 2 and said.count("It is tried again after the next save") == 2
+    run.save(4, last=True)
+    assert run.kept() == [4] and not list(run.root.glob(".*"))
 
 
 def test_the_default_spares_the_cores_and_the_memory_of_cpus() -> None:
