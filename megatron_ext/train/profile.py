@@ -1,10 +1,11 @@
 """Traces of a few steps, for chrome://tracing or Perfetto, and the operators that took longest."""
 
+import os
 from pathlib import Path
 
 from torch.profiler import profile
 
-from megatron_ext.atomic_io import atomic_open
+from megatron_ext.atomic_io import atomic_open, fsync_file
 from megatron_ext.config.run_options import ProfileOptions
 from megatron_ext.errors import ConfigError
 from megatron_ext.parallel.world import World
@@ -52,7 +53,14 @@ class StepProfile:
         traced.stop()
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"steps_{self._first:08d}_{step:08d}_rank_{self._rank:05d}.json.gz"
-        traced.export_chrome_trace(str(path))
+        # Its name says how it is compressed, so that it is exported beside under a name with the same end.
+        beside = self._folder / f".{os.getpid()}.{path.name}"
+        try:
+            traced.export_chrome_trace(str(beside))
+            fsync_file(beside)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
         with atomic_open(path.with_name(path.name.removesuffix(".json.gz") + ".txt")) as file:
             file.write(traced.key_averages().table(sort_by=self._sort_by, row_limit=TOP_OPERATORS) + "\n")
         return path

@@ -1,14 +1,16 @@
 import gzip
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron_ext.config import load_config
 from megatron_ext.errors import ConfigError
-from megatron_ext.train.profile import check_ranks
+from megatron_ext.train.profile import StepProfile, check_ranks
 from tests.distributed import RunRanks
+from tests.grids import ALONE
 from tests.train.tiny_run import losses, master_weights, train, write_run
 
 PROFILE = {"steps": [2, 3], "ranks": [1]}
@@ -29,6 +31,20 @@ def test_traces_have_the_operators_and_change_no_number(run_ranks: RunRanks, tmp
     weights, expected = (master_weights(folder / "run" / "checkpoints" / "step_00000004") for folder in (traced, plain))
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     assert not (plain / "run" / "profile").exists()
+
+
+def test_a_trace_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    options = load_config(write_run(tmp_path, logging__profile={"steps": [1, 1], "ranks": [0]}), []).logging.profile
+
+    def killed(self: torch.profiler.profile, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    traced = StepProfile(options, tmp_path, ALONE)
+    traced.begin_step(1)
+    with mock.patch.object(torch.profiler.profile, "export_chrome_trace", killed), pytest.raises(KeyboardInterrupt):
+        traced.end_step(1, stopping=False)
+    assert not list((tmp_path / "profile").iterdir())
 
 
 @pytest.mark.parametrize(
