@@ -57,7 +57,7 @@ class OwnedFile:
             moved: called after each tensor.
 
         Raises:
-            NonFiniteError: a master is not finite.
+            NonFiniteError: a master or a moment is not finite.
         """
         if not self.entries:
             return []
@@ -65,7 +65,7 @@ class OwnedFile:
         with tensor_file(directory / self.name, kinds, moved=moved) as write:
             for key, tensor in self.tensors.items():
                 name, kind, _ = key.split("|")
-                write(require_finite(name, kind, tensor) if kind == MASTER else tensor)
+                write(require_finite(name, kind, tensor))
         return [self.name]
 
 
