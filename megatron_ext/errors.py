@@ -39,7 +39,7 @@ class CheckpointError(MegatronExtError, RuntimeError):
 
 
 class StorageError(CheckpointError):
-    """A checkpoint that could not be written: disk full, permissions, a file system that failed."""
+    """A checkpoint, or a record of a run, that could not be written: disk full, permissions, a file system that failed."""
 
 
 class NonFiniteError(CheckpointError):

@@ -81,6 +81,8 @@ class CheckpointWriter:
         max_shard_bytes: largest safetensors file of the exported model.
         keep_every: checkpoints of steps that it divides are kept, too; None: none.
         confirm: raises if this run may not write to ``root`` any more. Called on rank 0 before anything there changes.
+        flush_records: puts on disk what the run has written of itself up to this step, without which a checkpoint must not be there. Called
+            on rank 0 when a save begins.
     """
 
     root: Path
@@ -91,6 +93,7 @@ class CheckpointWriter:
     max_shard_bytes: int
     keep_every: int | None = None
     confirm: Callable[[], None] = lambda: None
+    flush_records: Callable[[], None] = lambda: None
 
     def save(self, step: int, weight: Callable[[str], torch.Tensor], optimizer: SavedOptimizer, state: dict[str, Any]) -> Saved:
         """Save step ``step``. All ranks call it; all raise if one fails, and then the older checkpoints stay and nothing of this one does.
@@ -177,6 +180,7 @@ class CheckpointWriter:
 
     def _make_directory(self, step: int) -> str:
         self.confirm()
+        self.flush_records()
         return str(begin(self.root, step))
 
     def _evict(self) -> Eviction:

@@ -58,9 +58,9 @@ class DigestWriter:
         gradients, parameters = self._told(self._gradients), self._told(self._digests(self._masters()))
         self._file.write("digests", step=step, documents=documents, loss=loss, lr=lr, gradients=gradients, parameters=parameters)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def flush(self) -> None:
+        """Put on disk what was written. Raises StorageError if that cannot be."""
+        self._file.flush()
 
     def _note(self, gradients: Parts) -> None:
         self._gradients = self._digests(gradients)

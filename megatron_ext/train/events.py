@@ -1,15 +1,14 @@
 """Writes events.jsonl: what happens to a run, one JSON object a line, never dropped."""
 
-import fcntl
-import json
 import os
 import socket
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_ext.report.events import EVENTS_FILE, STARTS, read_events
 from megatron_ext.report.status import boot, process_start
+from megatron_ext.train.record_file import RecordFile
 
 
 def append_event(run_dir: str | Path, event: str, **values: Any) -> None:
@@ -19,12 +18,23 @@ def append_event(run_dir: str | Path, event: str, **values: Any) -> None:
         run_dir: the directory of the run.
         event: its name.
         values: ``step`` (of the last update that was done) and what else readers should know, as JSON.
+
+    Raises:
+        StorageError: it cannot be written.
     """
-    line = json.dumps({"kind": "event", "event": event, "time": time.time(), **values}) + "\n"
-    with open(Path(run_dir) / EVENTS_FILE, "ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _cut_torn_line(file)
-        file.write(line.encode())
+    events = event_file(Path(run_dir))
+    events.write(event_record(event, **values))
+    events.flush()
+
+
+def event_file(run_dir: Path) -> RecordFile:
+    """What the events of a run are written to."""
+    return RecordFile(run_dir / EVENTS_FILE, shared=True)
+
+
+def event_record(event: str, **values: Any) -> dict[str, Any]:
+    """An event that happens now; arguments as of ``append_event``."""
+    return {"kind": "event", "event": event, "time": time.time(), **values}
 
 
 def start_event(run_dir: Path) -> dict[str, Any]:
@@ -32,14 +42,3 @@ def start_event(run_dir: Path) -> dict[str, Any]:
     number = 1 + sum(event.event in STARTS for event in read_events(run_dir))
     process = {"pid": os.getpid(), "process_start": process_start(os.getpid()), "boot": boot()}
     return {"event": STARTS[number > 1], "number": number, "host": socket.gethostname(), **process}
-
-
-def _cut_torn_line(file: IO[bytes]) -> None:
-    """Remove what a writer that was killed left behind the last newline."""
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        return
-    file.seek(size - 1)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)

@@ -7,14 +7,14 @@ where the sampler stood when the ledger began, in ``data``.
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.data.corpus import Piece
+from megatron_ext.train.record_file import RecordFile, storing
 
 FOLDER = "ledger"
 STEPS_PER_FILE = 1000
@@ -33,8 +33,8 @@ class Ledger:
     def __init__(self, run_dir: Path, sources: Sequence[str], active: bool, trained: bool) -> None:
         self._folder, self._sources = run_dir / FOLDER, list(sources)
         self._active, self._trained = active, trained
-        self._file: IO[str] | None = None
-        self._begin = -1
+        self._written: dict[Path, RecordFile] = {}
+        """Files that rows went to since the last flush."""
 
     def begin(self, step: int, rollbacks: int, data: dict[str, Any]) -> None:
         """Go on after ``step``, when the run has gone back ``rollbacks`` times and the sampler is in the state ``data``.
@@ -43,14 +43,15 @@ class Ledger:
         """
         if not self._active:
             return
-        self.close()
-        for path in _files(self._folder):
-            if step == 0 or int(path.stem) > _begin_of(step):
-                path.unlink()
+        self.flush()
+        with storing(self._folder):
+            for path in _files(self._folder):
+                if step == 0 or int(path.stem) > _begin_of(step):
+                    path.unlink()
         kept: list[dict[str, Any]] = []
         if (path := self.path_of(step)).exists():
             kept = [row for row in read_rows(path) if row["step"] <= step and row.get("rollback", -1) < rollbacks]
-            with atomic_open(path) as file:
+            with storing(path), atomic_open(path) as file:
                 file.writelines(json.dumps(row) + "\n" for row in kept)
         if self._trained and (not kept or kept[-1]["step"] != step):
             self._append({"step": step, "kind": "begin", "data": data})
@@ -75,25 +76,14 @@ class Ledger:
         return self._folder / f"{_begin_of(step):08d}.jsonl"
 
     def flush(self) -> None:
-        """Put on disk what was written, before a checkpoint says that it was done."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-        self._file, self._begin = None, -1
+        """Put on disk what was written, before a checkpoint says that it was done. Raises StorageError if that cannot be."""
+        for file in self._written.values():
+            file.flush()
+        self._written.clear()
 
     def _append(self, row: dict[str, Any]) -> None:
-        if self._file is None or self._begin != _begin_of(row["step"]):
-            self.flush()
-            self.close()
-            self._folder.mkdir(exist_ok=True)
-            self._file = open(self.path_of(row["step"]), "a", encoding="utf-8")  # noqa: SIM115 - open for many steps
-            self._begin = _begin_of(row["step"])
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        path = self.path_of(row["step"])
+        self._written.setdefault(path, RecordFile(path)).write(row)
 
 
 def by_source(pieces: Sequence[Piece], sources: Sequence[str]) -> dict[str, list[list[int]]]:

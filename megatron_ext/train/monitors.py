@@ -1,6 +1,7 @@
 """Events for TensorBoard, Weights & Biases and the other monitors of DeepSpeed."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,20 @@ class Monitors:
             os.environ.setdefault("WANDB_DIR", str(run_dir))
             os.environ.setdefault("WANDB_NAME", run_dir.name)
         self._monitors = MonitorMaster(get_monitor_config(config))
+        self._broken = False
 
     def write(self, events: list[tuple[str, float, int]]) -> None:
         """Send (name, value, step)."""
-        if self._monitors.enabled:
+        if not self._monitors.enabled or self._broken:
+            return
+        try:
             self._monitors.write_events(events)
+        except OSError as error:
+            # Their writers end for good with the first error; what they would show is in metrics.jsonl.
+            self._broken = True
+            print(
+                f"monitors cannot be written: {error}. They get no more of this run; metrics.jsonl has it all", file=sys.stderr, flush=True
+            )
 
 
 def check_monitors(config: dict[str, Any]) -> None:

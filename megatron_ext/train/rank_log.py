@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_ext.errors import StorageError
 from megatron_ext.parallel.world import World
+from megatron_ext.train.record_file import RecordFile
 
 LOGS = "logs"
 OURS = "megatron_ext"
@@ -44,6 +46,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class RecordHandler(logging.Handler):
+    """Writes every record to a file as its formatter makes it."""
+
+    def __init__(self, file: RecordFile) -> None:
+        super().__init__()
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the record."""
+        self._file.write_line(self.format(record))
+
+
 class RankLog:
     """While it is entered, the log of this rank takes what this package and, from warnings on, what libraries log.
 
@@ -55,14 +69,13 @@ class RankLog:
     """
 
     def __init__(self, run_dir: Path, world: World) -> None:
-        path = log_path(run_dir, world.rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = logging.FileHandler(path, encoding="utf-8")
-        self._file.setFormatter(JsonFormatter(world))
+        self._file = RecordFile(log_path(run_dir, world.rank))
+        to_file = RecordHandler(self._file)
+        to_file.setFormatter(JsonFormatter(world))
         self._screen = logging.StreamHandler(sys.stderr)
         self._screen.setLevel(logging.WARNING)
         self._screen.addFilter(lambda record: not f"{record.name}.".startswith(f"{OURS}."))
-        self._handlers = [self._file, self._screen]
+        self._handlers = [to_file, self._screen]
 
     def __enter__(self) -> Self:
         for handler in self._handlers:
@@ -80,7 +93,11 @@ class RankLog:
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
             handler.flush()
-        self._file.close()
+        try:
+            self._file.flush()
+        except StorageError as failed:
+            # The run has ended, and an error that it ended by must not be hidden.
+            print(f"{failed}, and they are lost", file=sys.stderr, flush=True)
 
 
 def log_path(run_dir: Path, rank: int) -> Path:

@@ -93,7 +93,3 @@ class Recorder:
             new = [source.name for source in self._config.data.sources]
             for line in described(read_evaluations(self._run_dir / METRICS_FILE), trained, new):
                 self.console.say(line)
-
-    def close(self) -> None:
-        """Close the files."""
-        self.metrics.close()

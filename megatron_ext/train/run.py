@@ -1,5 +1,6 @@
 """A run from a configuration: check, join the other ranks, train."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.config import RunConfig, dump_config, monitor_config
+from megatron_ext.errors import StorageError
 from megatron_ext.parallel.device import works_beside_host
 from megatron_ext.parallel.hang import HangWatch
 from megatron_ext.parallel.heartbeat import Heartbeat
@@ -84,7 +86,11 @@ def _told(config: RunConfig, world: World, heartbeat: Heartbeat) -> Iterator[Non
 
 
 def _tell(config: RunConfig, world: World, event: str, details: dict[str, Any]) -> None:
-    """Write what ended the run, where it has got as far as having a directory."""
+    """Write what ended the run, where it has got as far as having a directory. Where that cannot be, it is no error beside that one."""
     run_dir = Path(config.run_dir)
-    if run_dir.is_dir():
+    if not run_dir.is_dir():
+        return
+    try:
         append_event(run_dir, event, step=world.activity.now.step, **details)
+    except StorageError as error:
+        print(f"{error}: {event} {details}", file=sys.stderr, flush=True)

@@ -116,7 +116,8 @@ class Saving:
             self._console.say(f"step {step}: {problem}. It is tried again after the next save")
 
     def _failed(self, step: int, error: StorageError, last: bool) -> None:
+        stops = last or self._options.on_failure == "stop"
+        self._console.say(f"step {step}: {error}. The run {'stops' if stops else 'goes on, as checkpoint.on_failure says'}")
         self._metrics.write("event", event="save_failed", step=step, tokens=self._tokens, error=str(error))
-        if last or self._options.on_failure == "stop":
+        if stops:
             raise error
-        self._console.say(f"step {step}: {error}. The run goes on, as checkpoint.on_failure says")

@@ -111,6 +111,7 @@ class Trainer:
             int(self.config.checkpoint.max_shard_gib * 2**30),
             self.config.checkpoint.keep_every,
             lock.confirm if lock else lambda: None,
+            self._flush_records,
         )
         self.saving = Saving(checkpoints, self.config.checkpoint, self.metrics, self.console, self.resumed_from)
 
@@ -138,10 +139,7 @@ class Trainer:
         finally:
             self.planner.close()
         self.world.activity.begin("end")
-        self.recorder.close()
-        self.ledger.close()
-        if self.digests is not None:
-            self.digests.close()
+        self._flush_records()
         self.engine.close()
 
     def _train(self) -> None:
@@ -340,9 +338,15 @@ class Trainer:
         self.world.activity.begin("save", step=self.step)
         if self.config.planning.correct:
             self._correct_costs()
-        self.ledger.flush()
         self.saving.save(self.step, self.engine.weight, self.optimizer, self._state(), last)
         self.console.start_clock()
+
+    def _flush_records(self) -> None:
+        """Put on disk what tells of the run up to here, before a checkpoint says that it was done. Raises StorageError."""
+        self.ledger.flush()
+        self.metrics.flush()
+        if self.digests is not None:
+            self.digests.flush()
 
     def _correct_costs(self) -> None:
         """Fit the cost model to the steps since the last checkpoint."""

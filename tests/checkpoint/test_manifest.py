@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 
 from megatron_ext.checkpoint import manifest
-from megatron_ext.checkpoint import manifest
 from megatron_ext.checkpoint.manifest import damaged_files, file_entry, read_state, seal
 from megatron_ext.errors import CheckpointError
 

@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Path:
     ledger.begin(0, 0, mixture.state_dict())
     for step in range(1, STEPS + 1):
         ledger.write(step, mixture.take(256), skipped=step == 9)
-    ledger.close()
+    ledger.flush()
     (folder / "config.yaml").write_text(config.read_text("utf-8"), "utf-8")
     return folder
 

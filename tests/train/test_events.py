@@ -45,7 +45,7 @@ def test_the_writer_of_metrics_sends_events_there_and_drops_none(tmp_path: Path)
         writer = MetricsWriter(tmp_path, resumed_at, active=True)
         writer.write("start", step=resumed_at)
         writer.write("event", event="save", step=5)
-        writer.close()
+        writer.flush()
     assert names(tmp_path) == [("save", 5)] * 3
     assert "event" not in (tmp_path / "metrics.jsonl").read_text("utf-8")
     MetricsWriter(tmp_path, 0, active=False).write("event", event="stop", step=1)

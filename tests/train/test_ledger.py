@@ -15,7 +15,6 @@ def written(run_dir: Path, first: int, last: int, rollbacks: int = 0, trained: b
     for step in range(first + 1, last + 1):
         ledger.write(step, PIECES, skipped=step % 5 == 0)
     ledger.flush()
-    ledger.close()
     return [(row["step"], row["kind"]) for row in read_ledger(run_dir)]
 
 
@@ -42,11 +41,11 @@ def test_a_return_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, ["prose", "code"], active=True, trained=True)
     ledger.begin(3, 0, {})
     ledger.pass_over(3, 0, 4, PIECES)
-    ledger.close()
+    ledger.flush()
     assert written(tmp_path, 3, 3)[-1] == (3, "trained"), "the checkpoint does not say that the run went back"
     ledger.begin(3, 0, {})
     ledger.pass_over(3, 0, 4, PIECES)
-    ledger.close()
+    ledger.flush()
     assert written(tmp_path, 3, 3, rollbacks=1)[-1] == (3, "passed_over")
 
 

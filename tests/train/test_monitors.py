@@ -1,5 +1,6 @@
 """What DeepSpeed's monitors get: TensorBoard's files, and the calls of Weights & Biases, by a stand-in and by the package where it is."""
 
+import errno
 import os
 import sys
 import types
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_ext.config import load_config, monitor_config
 from megatron_ext.errors import ConfigError
 from megatron_ext.parallel.world import World
-from megatron_ext.train.monitors import check_monitors
+from megatron_ext.train.monitors import Monitors, check_monitors
 from tests.distributed import RunRanks
 from tests.train.tiny_run import losses, train, write_run
 
@@ -62,6 +63,31 @@ def test_weights_and_biases_offline_writes_into_the_run_directory(run_ranks: Run
     run_ranks(1, offline, write_run(tmp_path, train__steps=3, **WANDB))
     (files,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert any(path.suffix == ".wandb" and path.stat().st_size > 0 for path in files.iterdir())
+
+
+class FullMonitors:
+    """In the place of DeepSpeed's, on a disk that is full."""
+
+    enabled = True
+    asked = 0
+
+    def __init__(self, config: Any) -> None:
+        pass
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        self.asked += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_monitor_that_cannot_be_written_is_said_once_and_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_ext.train.monitors.MonitorMaster", FullMonitors)
+    monitors = Monitors(monitor_config(load_config(write_run(tmp_path), [])), tmp_path)
+    for step in range(3):
+        monitors.write([("train/loss", 1.0, step)])
+    said = "monitors cannot be written: [Errno 28] No space left on device. They get no more of this run; metrics.jsonl has it all\n"
+    assert capsys.readouterr().err == said and monitors._monitors.asked == 1
 
 
 def test_it_is_refused_before_the_run_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

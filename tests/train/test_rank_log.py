@@ -63,13 +63,29 @@ def test_warnings_are_logged_and_still_seen(tmp_path: Path, capsys: pytest.Captu
     assert "old way" in errors and "careful" in errors and "chatter" not in errors and "ours" not in errors
 
 
+def test_a_line_that_was_cut_off_makes_room_for_the_next(tmp_path: Path) -> None:
+    log_path(tmp_path, 0).parent.mkdir()
+    log_path(tmp_path, 0).write_text('{"time": 1', "utf-8")
+    with RankLog(tmp_path, rank(0)):
+        logging.getLogger("megatron_ext.x").info("next")
+    assert [line["message"] for line in lines(tmp_path, 0)] == ["next"]
+
+
+def test_what_could_not_be_logged_is_told_and_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_path(tmp_path, 0).mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), RankLog(tmp_path, rank(0)):
+        _ = 1 / 0
+    told = f"{log_path(tmp_path, 0)} cannot be written: Is a directory; records that wait in memory: 1"
+    assert capsys.readouterr().err == f"{told}. They are tried again with every further one\n{told}, and they are lost\n"
+
+
 def test_events_are_in_the_logs_of_all_ranks_and_later_runs_append(tmp_path: Path) -> None:
     before = list(logging.getLogger().handlers)
     for number in (0, 1, 1):
         with RankLog(tmp_path, rank(number)):
             writer = MetricsWriter(tmp_path, 0, active=number == 0)
             writer.write("event", event="skip", step=4)
-            writer.close()
+            writer.flush()
     assert [line["message"] for line in lines(tmp_path, 1)] == ["event skip"] * 2
     assert lines(tmp_path, 0)[0]["details"] == {"event": "skip", "step": 4}
     assert logging.getLogger().handlers == before
