@@ -3,7 +3,7 @@
 import base64
 import platform
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from megatron_ext.checkpoint.save import CheckpointWriter
 from megatron_ext.config import Change, changes, settings, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.data.loss_weights import LossWeights, total_weight
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, StorageError, TrainingError
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.optim.state_change import StateChange, describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
@@ -136,6 +136,13 @@ class Trainer:
         """Run to the last step, or to the end of the step in which a stop was asked for; then save."""
         try:
             self._train()
+        except TrainingError:
+            # All ranks raise it after the same step, and what was saved before that is worth having. A failure of the save was said.
+            with suppress(StorageError):
+                self.saving.newest()
+            # No rank ends, and lets others be killed, before rank 0 has told it.
+            self.world.barrier()
+            raise
         finally:
             self.planner.close()
         self.world.activity.begin("end")
@@ -167,7 +174,10 @@ class Trainer:
                 self._tell(event)
             self.recorder.forgotten([name for name, tokens in self.tokens_by_source.items() if tokens])
             self.metrics.write("event", event="finish", step=self.step, tokens=self.tokens)
-            self.console.say(f"finished: step {saved} is in {self.run_dir / CHECKPOINTS}")
+            # A run without a step to train stays with the checkpoint, which may be another run's, that it was to go on from.
+            place = self.saving.newest() or self.resumed_from
+            assert place is not None, "a run has a step"
+            self.console.say(f"finished: step {saved} is in {place.parent}")
 
     def _end_step(self, stopping: bool) -> int | None:
         """Evaluate and save where it is due; returns the step if it was saved."""

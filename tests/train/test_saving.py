@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,16 +18,18 @@ from megatron_ext.checkpoint.directory import latest, saved_steps
 from megatron_ext.checkpoint.load import verify
 from megatron_ext.checkpoint.options import CheckpointOptions
 from megatron_ext.checkpoint.save import OwnedFile
-from megatron_ext.errors import CheckpointError, NonFiniteError, StorageError
+from megatron_ext.errors import CheckpointError, NonFiniteError, StorageError, TrainingError
 from megatron_ext.parallel.world import World
 from megatron_ext.report.events import read_events
 from megatron_ext.train.console import Console
 from megatron_ext.train.metrics import MetricsWriter
 from megatron_ext.train.saving import Saving, is_asynchronous
+from megatron_ext.train.step_guard import StepGuard
 from tests.checkpoint.tiny_state import trained, weight_of, writer
-from tests.distributed import RunRanks
+from tests.distributed import RankError, RunRanks
 from tests.grids import ALONE
 from tests.mounts import mounted
+from tests.train.bad_steps import train_badly
 from tests.train.tiny_run import losses, train, write_run
 
 
@@ -204,6 +207,47 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure_of_a_save(
     assert said.count("Permission denied") == 2 and said.count("It is tried again after the next save") == 2
     run.save(4, last=True)
     assert run.kept() == [4] and not list(run.root.glob(".*"))
+
+
+def train_badly_while_saving(world: World, config: Path, overrides: list[str], disk_is_full: bool) -> None:
+    """The save after step 3 is written no sooner than bad steps end the run."""
+    write, check, ended = OwnedFile.write, StepGuard.check, threading.Event()
+
+    def late(self: OwnedFile, *arguments: Any) -> list[str]:
+        assert ended.wait(60)
+        return full() if disk_is_full else write(self, *arguments)
+
+    def noted(self: StepGuard, has_checkpoint: bool) -> None:
+        try:
+            check(self, has_checkpoint)
+        except TrainingError:
+            ended.set()
+            raise
+
+    with mock.patch.object(OwnedFile, "write", late), mock.patch.object(StepGuard, "check", noted):
+        train_badly(world, config, overrides, (), (4, 5))
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_a_run_that_bad_steps_end_keeps_what_it_was_saving(run_ranks: RunRanks, tmp_path: Path, disk_is_full: bool) -> None:
+    config = write_run(tmp_path, checkpoint__asynchronous=True)
+    with pytest.raises(RankError, match="TrainingError: skipped 2 steps in a row"):
+        run_ranks(2, train_badly_while_saving, config, ["train.skip.most_consecutive=2"], disk_is_full)
+    told = [(event.event, event.step) for event in read_events(tmp_path / "run") if event.event.startswith("save")]
+    assert told == [("save_failed" if disk_is_full else "save", 3)]
+    root = tmp_path / "run" / "checkpoints"
+    assert latest(root) == (None if disk_is_full else root / "step_00000003")
+
+
+def test_a_run_that_has_no_step_to_train_says_where_its_checkpoint_is(
+    run_ranks: RunRanks, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (write_run(tmp_path / name, train__steps=2) for name in ("first", "second"))
+    checkpoints = tmp_path / "first" / "run" / "checkpoints"
+    for config in (first, first, second):
+        run_ranks(1, train, config, ["checkpoint.resume=auto" if config == first else f"checkpoint.resume={checkpoints}/step_00000002"])
+        assert f"finished: step 2 is in {checkpoints}\n" in capfd.readouterr().out
+    assert not (tmp_path / "second" / "run" / "checkpoints").exists()
 
 
 def test_the_default_spares_the_cores_and_the_memory_of_cpus() -> None:
