@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 
 from megatron_ext.atomic_io import fsync_directory, write_json
-from megatron_ext.checkpoint.average import check_undamaged, common_config, ema_weights, weighted_mean
+from megatron_ext.checkpoint.average import common_config, ema_weights, weighted_mean
 from megatron_ext.checkpoint.fold import Read, fold
 from megatron_ext.checkpoint.hf import hf_tensor_reader, in_order, load_hf_config, read_hf_json, save_hf
+from megatron_ext.checkpoint.load import check_undamaged
 from megatron_ext.checkpoint.manifest import STATE_FILE
 from megatron_ext.checkpoint.own_config import no_family_has
 from megatron_ext.checkpoint.renorm import layer_to_rms, rms_to_crms
@@ -69,6 +70,7 @@ def convert(source: Path, target: Path, dtype: str | None, max_shard_bytes: int,
     ``dtype`` None keeps the one that config.json names.
     """
     with new_directory(target) as beside:
+        check_undamaged(source)
         config = load_hf_config(source)
         read, config = conversion(hf_tensor_reader(source, config), config)
         store(read, config, source, beside, dtype, max_shard_bytes)

@@ -1,9 +1,13 @@
 """Continue a prompt with an exported model, by transformers."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_ext.checkpoint.load import check_undamaged
+from megatron_ext.errors import CheckpointError
 
 
 def main() -> None:
@@ -14,6 +18,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     arguments = parser.parse_args()
+    try:
+        check_undamaged(Path(arguments.model))
+    except CheckpointError as error:
+        parser.exit(1, f"error: {error}\n")
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model)

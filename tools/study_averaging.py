@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from study_measures import chosen_runs, measure_once
 
-from megatron_ext.checkpoint.average import check_undamaged, common_config, weighted_mean
+from megatron_ext.checkpoint.average import common_config, weighted_mean
 from megatron_ext.checkpoint.directory import saved_steps
 from megatron_ext.checkpoint.hf import hf_tensor_reader, in_order
+from megatron_ext.checkpoint.load import check_undamaged
 from megatron_ext.config.study import StudyAveraging, StudyRun
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.device import local_device

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.fold import Read
 from megatron_ext.checkpoint.hf import load_hf_config
-from megatron_ext.checkpoint.manifest import STATE_FILE, damaged_files, read_state
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.config import ModelConfig
 
@@ -57,16 +56,3 @@ def common_config(directories: Sequence[Path]) -> ModelConfig:
                     f"{directory}: {key} is {other[key]!r}, in {directories[0]} {value!r}; accepted are models of one shape"
                 )
     return first
-
-
-def check_undamaged(directory: Path) -> None:
-    """Compare the exported model in a run's checkpoint with the hashes that were saved; other directories have none.
-
-    Raises:
-        CheckpointError: a file is missing or not as it was saved.
-    """
-    if not (directory / STATE_FILE).is_file():
-        return
-    files = read_state(directory)["files"]
-    if problems := damaged_files(directory, files, (name for name in files if Path(name).name == name)):
-        raise CheckpointError("; ".join(problems))

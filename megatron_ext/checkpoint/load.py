@@ -1,13 +1,13 @@
 """Read a checkpoint: verify every file first, then only the rows that this rank owns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_ext.checkpoint.directory import latest, plain_name, saved_steps
-from megatron_ext.checkpoint.manifest import damaged_files, read_state
+from megatron_ext.checkpoint.manifest import STATE_FILE, damaged_files, read_state
 from megatron_ext.checkpoint.optimizer_state import OwnedStateReader
 from megatron_ext.checkpoint.save import SavedOptimizer
 from megatron_ext.errors import CheckpointError
@@ -55,6 +55,37 @@ def verify(directory: Path, world: World) -> dict[str, Any]:
     Raises:
         CheckpointError: names each damaged file, and the next older whole checkpoint.
     """
+    state, problems = _examine(directory, sorted, world)
+    if problems:
+        offer = world.on_main(_offer(_older(directory), world.activity.move) if world.is_main else None)
+        raise CheckpointError("; ".join(problems) + offer)
+    return state
+
+
+def check_undamaged(directory: Path, world: World | None = None) -> None:
+    """Compare the exported model in a run's checkpoint with the hashes that were saved; other directories have none.
+
+    Args:
+        directory: of the model.
+        world: all of its ranks call this and share the work; None: this process alone.
+
+    Raises:
+        CheckpointError: names each file that is missing or not as it was saved.
+    """
+    if not (directory / STATE_FILE).is_file():
+        return
+    _, problems = _examine(directory, _of_model, world or World(0, 1, torch.device("cpu")))
+    if problems:
+        raise CheckpointError(f"{'; '.join(problems)}. A model that was changed on purpose is taken without its {STATE_FILE}")
+
+
+def _of_model(files: Iterable[str]) -> list[str]:
+    """Of the files of a checkpoint those of the exported model, which lie at its top."""
+    return sorted(name for name in files if Path(name).name == name)
+
+
+def _examine(directory: Path, choose: Callable[[Iterable[str]], list[str]], world: World) -> tuple[dict[str, Any], list[str]]:
+    """The trainer state, and what all ranks found to be wrong with it and the files that ``choose`` takes, each of them its share."""
     problems: list[str] = []
     state: dict[str, Any] = {}
     try:
@@ -62,12 +93,8 @@ def verify(directory: Path, world: World) -> dict[str, Any]:
     except CheckpointError as error:
         problems.append(str(error))
     else:
-        problems = damaged_files(directory, state["files"], sorted(state["files"])[world.rank :: world.size], world.activity.move)
-    problems = list(dict.fromkeys(message for messages in world.gather(problems) for message in messages))
-    if problems:
-        offer = world.on_main(_offer(_older(directory), world.activity.move) if world.is_main else None)
-        raise CheckpointError("; ".join(problems) + offer)
-    return state
+        problems = damaged_files(directory, state["files"], choose(state["files"])[world.rank :: world.size], world.activity.move)
+    return state, list(dict.fromkeys(message for messages in world.gather(problems) for message in messages))
 
 
 def _older(damaged: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_ext.checkpoint.hf import load_hf_weights, read_hf_tensors
 from megatron_ext.checkpoint.hf_config import config_to_hf
+from megatron_ext.checkpoint.load import check_undamaged
 from megatron_ext.config import RunConfig, deepspeed_config, total_steps
 from megatron_ext.data.loss_weights import SourceWeights, source_weights
 from megatron_ext.data.needle import Haystack
@@ -172,6 +173,8 @@ def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
     layers, why_layers = layers_per_stage(setup, grid)
     tp = TensorParallel(grid.tp, config.parallel.sequence_parallel_activations)
     max_logits = None if config.optimizer.qk_clip is None else MaxLogits(setup.model, device)
+    if config.model.init_from:
+        check_undamaged(Path(config.model.init_from), grid.world)
 
     def make() -> GPT:
         return GPT(setup.model, attention, config.train.activation_checkpointing, tp, stages(layers)[grid.stage], max_logits)

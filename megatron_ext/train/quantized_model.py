@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ext.checkpoint.hf import load_hf_config, read_hf_tensors
+from megatron_ext.checkpoint.load import check_undamaged
 from megatron_ext.model.config import ModelConfig
 from megatron_ext.model.gpt import GPT
 from megatron_ext.model.rotation import (
@@ -34,7 +35,11 @@ ROTATIONS: Mapping[str, str] = {
 
 
 def read_weights(directory: Path) -> tuple[Weights, ModelConfig]:
-    """The weights of a Hugging Face directory, at least float32, and their shape. Raises CheckpointError as ``load_hf_weights``."""
+    """The weights of a Hugging Face directory, at least float32, and their shape.
+
+    Raises CheckpointError as ``load_hf_weights``, and for a run's checkpoint as ``check_undamaged``.
+    """
+    check_undamaged(directory)
     config = load_hf_config(directory)
     tensors = read_hf_tensors(directory, config)
     return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors}, config

@@ -1,8 +1,11 @@
 """The teacher of a run: read from its checkpoint and divided over the ranks as the model is."""
 
+from pathlib import Path
+
 import torch
 
 from megatron_ext.checkpoint.hf import load_hf_config, load_hf_weights
+from megatron_ext.checkpoint.load import check_undamaged
 from megatron_ext.config import RunConfig
 from megatron_ext.kernels.varlen_attention import select_backend
 from megatron_ext.model.config import ModelConfig
@@ -18,6 +21,7 @@ def build_distillation(config: RunConfig, model: GPT, sources: list[str], grid: 
     if options is None:
         return None
     parameter = next(model.parameters())
+    check_undamaged(Path(options.teacher), grid.world)
     shape = load_hf_config(options.teacher)
     attention, _ = select_backend(config.model.attention, parameter.device, parameter.dtype, shape.head_dim)
     with torch.device("meta"):

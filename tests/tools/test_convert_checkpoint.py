@@ -50,7 +50,7 @@ def test_import_then_export_keeps_logits_and_leaves_the_state_behind(
 
     assert tool.main(["export", str(imported), str(exported)]) == 1
     assert "no trainer_state.json" in capsys.readouterr().err
-    (imported / "trainer_state.json").write_text("{}")
+    write_json(imported / "trainer_state.json", seal({"step": 1, "files": {}}))
     assert tool.main(["export", str(imported), str(exported)]) == 0
     assert {path.name for path in exported.iterdir()} == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert (exported / "tokenizer.json").read_text() == '{"model": {}}'
@@ -120,7 +120,7 @@ def test_export_folds_what_it_can_and_refuses_the_rest(tool: ModuleType, tmp_pat
         model.reset_parameters(0)
         source, target = tmp_path / placement, tmp_path / f"{placement}_out"
         save_hf(model.named_parameters(), config, source, 2**30, dtype=torch.float32)
-        (source / "trainer_state.json").write_text("{}")
+        write_json(source / "trainer_state.json", seal({"step": 1, "files": {}}))
         assert tool.main(["export", str(source), str(target)]) == status
         assert target.exists() == (status == 0)
         assert not list(tmp_path.glob(".*.tmp"))
