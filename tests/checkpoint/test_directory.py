@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 
-from megatron_ext import atomic_io
 from megatron_ext.checkpoint.directory import Eviction, begin, keep_newest, latest, publish, saved_steps, step_directory, step_of
 from megatron_ext.errors import CheckpointError
+from tests.mounts import fill, mounted
 
 
 def save(root: Path, *steps: int, mark: str = "") -> None:
@@ -111,12 +111,14 @@ def test_a_checkpoint_that_is_saved_again_stands_until_the_new_one_does(
 
 @pytest.mark.parametrize("older", [[], [20]])
 def test_a_disk_that_is_full_when_the_pointer_is_written_leaves_no_new_checkpoint(tmp_path: Path, older: list[int]) -> None:
-    save(tmp_path, 10, *older)
-    beside, before = begin(tmp_path, 20), saved_steps(tmp_path)
-    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    with mock.patch.object(atomic_io, "open", full, create=True), pytest.raises(OSError, match="No space left"):
-        publish(tmp_path, beside, 20)
-    assert saved_steps(tmp_path) == before and beside.exists(), "whoever gives up the save removes it"
+    with mounted(tmp_path / "disk", "size=64k") as root:
+        save(root, 10, *older)
+        beside, before = begin(root, 20), saved_steps(root)
+        fill(root)
+        with pytest.raises(OSError, match="No space left"):
+            publish(root, beside, 20)
+        assert saved_steps(root) == before and latest(root) == before[-1]
+        assert beside.exists(), "whoever gives up the save removes it"
 
 
 def test_saves_of_one_step_never_write_into_the_same_directory(tmp_path: Path) -> None:
