@@ -86,8 +86,7 @@ def read_status(directory: str | Path, now: float, most_events: int = 8) -> Stat
     between = _seconds_between(train)
     last_record = max((record.time for record in [*written.records, *events] if math.isfinite(record.time)), default=math.nan)
     state, why = _state(events, last.step if last else start.step, total, now - last_record, between)
-    saves = [event for event in standing(events) if event.event == "save"]
-    path = saves[-1].details.get("path") if saves else None
+    checkpoint, checkpoint_step, checkpoint_time = _newest_checkpoint(directory, events)
     step = last.step if last else start.step
     return Status(
         directory=str(directory),
@@ -102,9 +101,9 @@ def read_status(directory: str | Path, now: float, most_events: int = 8) -> Stat
         step_seconds=between,
         remaining_seconds=(total - step) * between if state == "running" else math.nan,
         last_record=last_record,
-        checkpoint=Path(path).name if path else None,
-        checkpoint_step=saves[-1].step if saves else 0,
-        checkpoint_time=saves[-1].time if saves else math.nan,
+        checkpoint=checkpoint,
+        checkpoint_step=checkpoint_step,
+        checkpoint_time=checkpoint_time,
         skipped_steps=last.skipped_steps if last else 0,
         starts=max(1, sum(event.event in STARTS for event in events)),
         slow_ranks=last.slow_steps if last else {},
@@ -133,6 +132,18 @@ def _read(directory: Path) -> _Written:
         raise DataError(f"{path}:1: the first record must be of kind 'start'")
     old = [record for record in records if isinstance(record, EventRecord)]
     return _Written(records, [*old, *read_events(directory)])
+
+
+def _newest_checkpoint(directory: Path, events: list[EventRecord]) -> tuple[str | None, int, float]:
+    """Name, step and time. A run may be killed after ``latest`` has moved and before it tells; what it told counts without ``latest``."""
+    pointer = directory / "checkpoints" / "latest"
+    try:
+        name = pointer.read_text("utf-8").strip()
+        return name, int(name.removeprefix("step_")), pointer.stat().st_mtime
+    except (OSError, ValueError):
+        saves = [event for event in standing(events) if event.event == "save"]
+        path = saves[-1].details.get("path") if saves else None
+        return Path(path).name if path else None, saves[-1].step if saves else 0, saves[-1].time if saves else math.nan
 
 
 def _seconds_between(train: list[TrainRecord]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -78,6 +79,19 @@ def test_old_runs_have_their_events_in_the_metrics(tmp_path: Path) -> None:
     saved = {"kind": "event", "event": "checkpoint", "time": BEGIN + 200, "step": 100, "path": "x/step_00000100"}
     status = read_status(write_run(tmp_path / "run", [start(), train(100), saved]), BEGIN + 1e6)
     assert (status.state, status.checkpoint) == ("finished", "step_00000100")
+
+
+def test_a_checkpoint_of_which_a_killed_run_said_nothing_counts(tmp_path: Path) -> None:
+    directory = run(tmp_path, 30, event("save", 20, 40.0, path="checkpoints/step_00000020"))
+    pointer = directory / "checkpoints" / "latest"
+    pointer.parent.mkdir()
+    pointer.write_text("step_00000030\n", "utf-8")
+    os.utime(pointer, (BEGIN + 60, BEGIN + 60))
+    status = read_status(directory, BEGIN + 100)
+    assert (status.checkpoint, status.checkpoint_step, status.checkpoint_time) == ("step_00000030", 30, BEGIN + 60)
+    for spoilt in ("", "nonsense", "step_"):
+        pointer.write_text(spoilt, "utf-8")
+        assert read_status(directory, BEGIN + 100).checkpoint_step == 20
 
 
 def test_a_run_before_its_first_step(tmp_path: Path) -> None:
