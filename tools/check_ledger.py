@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Prove by the ledger of a run (logging.ledger=true) that no document was left out and none was read twice in an epoch.
 
-python tools/check_ledger.py runs/pretrain
+    python tools/check_ledger.py runs/pretrain
+
+It says what it checked, and what it could not and why.
 """
 
 import argparse
@@ -20,7 +22,8 @@ def described(report: LedgerReport) -> list[str]:
     names = {"trained": "trained on", "skipped": "skipped", "passed_over": "passed over by going back"}
     lines = [f"{name}: {report.rows[kind]:,} steps, {report.tokens[kind]:,} tokens" for kind, name in names.items() if report.rows[kind]]
     lines += [f"source {name}: {epochs} epochs complete" for name, epochs in report.epochs.items()]
-    return lines + (report.problems or ["every document once an epoch, none left out, none twice"])
+    lines += [f"checked: {check}" for check in report.checked] + [f"not checked: {check}" for check in report.unchecked]
+    return lines + (report.problems or ["no problem was found"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,10 +14,14 @@ from typing import Any
 
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.data.corpus import Piece
+from megatron_ext.errors import DataError
+from megatron_ext.json_text import parse_json
 from megatron_ext.train.record_file import RecordFile, storing
 
 FOLDER = "ledger"
 STEPS_PER_FILE = 1000
+STEP_KINDS = ("trained", "skipped", "passed_over")
+Row = dict[str, Any]
 
 
 class Ledger:
@@ -48,7 +52,7 @@ class Ledger:
             for path in _files(self._folder):
                 if step == 0 or int(path.stem) > _begin_of(step):
                     path.unlink()
-        kept: list[dict[str, Any]] = []
+        kept: list[Row] = []
         if (path := self.path_of(step)).exists():
             kept = [row for row in read_rows(path) if row["step"] <= step and row.get("rollback", -1) < rollbacks]
             with storing(path), atomic_open(path) as file:
@@ -81,7 +85,7 @@ class Ledger:
             file.flush()
         self._written.clear()
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _append(self, row: Row) -> None:
         path = self.path_of(row["step"])
         self._written.setdefault(path, RecordFile(path)).write(row)
 
@@ -94,20 +98,46 @@ def by_source(pieces: Sequence[Piece], sources: Sequence[str]) -> dict[str, list
     return dict(found)
 
 
-def read_ledger(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a ledger in their order; none if there is no ledger."""
+def read_ledger(run_dir: Path) -> Iterator[Row]:
+    """The rows of a ledger in their order; none if there is no ledger. Raises DataError as ``read_rows``."""
     for path in _files(run_dir / FOLDER):
         yield from read_rows(path)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one file, without a last one that was cut off while it was written."""
-    with open(path, encoding="utf-8") as file:
-        yield from (json.loads(line) for line in file if line.endswith("\n"))
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of one file, without a last one that was cut off while it was written.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no row; names the file and the line.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield _row(line, f"{path}:{number}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; accepted: a ledger that a run wrote") from error
+
+
+def _row(line: bytes, place: str) -> Row:
+    try:
+        row = parse_json(line)
+        kind, step = row["kind"], row["step"]
+        numbers = [step, *([row["rollback"], row["was"]] if kind == "passed_over" else [])]
+        if kind == "begin":
+            is_row = isinstance(row["data"], dict)
+        else:
+            numbers += [number for pieces in row["documents"].values() for piece in pieces for number in piece]
+            is_row = kind in STEP_KINDS and all(len(piece) == 3 for pieces in row["documents"].values() for piece in pieces)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{place}: no row of a ledger: {type(error).__name__} {error}; the line is {line[:80]!r}") from None
+    if not is_row or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise DataError(f"{place}: no row of a ledger; accepted: what a run wrote; the line is {line[:80]!r}")
+    return row
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]*.jsonl"))
+    return sorted(path for path in folder.glob("*.jsonl") if path.stem.isdecimal() and path.stem.isascii())
 
 
 def _begin_of(step: int) -> int:

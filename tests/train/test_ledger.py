@@ -1,8 +1,12 @@
 """What a ledger keeps and drops when a run goes on from somewhere."""
 
+import re
 from pathlib import Path
 
+import pytest
+
 from megatron_ext.data.corpus import Piece
+from megatron_ext.errors import DataError
 from megatron_ext.train.ledger import STEPS_PER_FILE, Ledger, read_ledger
 
 PIECES = [Piece(1, 5, 0, 32, True), Piece(0, 3, 8, 20, False), Piece(1, 5, 32, 40, False)]
@@ -59,3 +63,29 @@ def test_without_the_option_only_what_was_not_learned_from_is_written(tmp_path: 
 def test_a_ledger_that_begins_later_says_where_the_sampler_stood(tmp_path: Path) -> None:
     written(tmp_path, 0, 11, trained=False)
     assert written(tmp_path, 11, 13) == [(5, "skipped"), (10, "skipped"), (11, "begin"), (12, "trained"), (13, "trained")]
+
+
+SPOILT = [
+    b"{oops}",
+    b"[]",
+    b"\xff",
+    b'{"step": 2}',
+    b'{"step": 2, "kind": "begin", "data": 3}',
+    b'{"step": 2, "kind": "trained", "documents": {"code": [[1, 2]]}}',
+    b'{"step": 2, "kind": "trained", "documents": {"code": [[1, 2, -3]]}}',
+    b'{"step": 2, "kind": "trained", "documents": [3]}',
+    b'{"step": true, "kind": "trained", "documents": {}}',
+    b'{"step": 2, "kind": "read", "documents": {}}',
+    b'{"step": 2, "kind": "passed_over", "documents": {}}',
+]
+
+
+@pytest.mark.parametrize("line", SPOILT)
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
+    written(tmp_path, 0, 2)
+    path = tmp_path / "ledger/00000000.jsonl"
+    first, second, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, second, line + b"\n", *rest]))
+    for read in (lambda: list(read_ledger(tmp_path)), lambda: written(tmp_path, 2, 3)):
+        with pytest.raises(DataError, match=re.escape(f"{path}:3: no row of a ledger")):
+            read()
