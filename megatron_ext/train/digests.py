@@ -44,7 +44,7 @@ class DigestWriter:
         self._shapes = parameter_shapes(config)
         self._gradients: dict[str, Digest] = {}
         self._file = MetricsWriter(run_dir, step, world.is_main, DIGESTS_FILE)
-        self._file.write("begin", step=step, parameters=self._told(self._digests(self._masters())))
+        self._begin(step)
 
     def begin_step(self, step: int) -> None:
         """Before the gradients of ``step`` are reduced."""
@@ -61,6 +61,14 @@ class DigestWriter:
     def flush(self) -> None:
         """Put on disk what was written. Raises StorageError if that cannot be."""
         self._file.flush()
+
+    def go_back(self, step: int) -> None:
+        """The run goes on after ``step`` with what it has now; digests of later steps are dropped, which it computes again."""
+        self._file.go_back(step)
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._file.write("begin", step=step, parameters=self._told(self._digests(self._masters())))
 
     def _note(self, gradients: Parts) -> None:
         self._gradients = self._digests(gradients)

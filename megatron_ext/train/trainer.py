@@ -247,6 +247,8 @@ class Trainer:
         mixture = self.setup.mixture
         self.data_watch = DataWatch(mixture, self.config.data.repeats_warned_at)
         self.metrics.go_back(self.step)
+        if self.digests is not None:
+            self.digests.go_back(self.step)
         self.ledger.begin(self.step, rollbacks, mixture.state_dict())
         for step in range(self.step + 1, last + 1):
             self.ledger.pass_over(self.step, rollbacks, step, mixture.take(self.config.data.tokens_per_step))

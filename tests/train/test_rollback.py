@@ -13,6 +13,7 @@ from megatron_ext.config import load_config
 from megatron_ext.data.mixture import Mixture
 from megatron_ext.errors import TrainingError
 from megatron_ext.parallel.world import World
+from megatron_ext.report.digests import first_difference, read_digests
 from megatron_ext.train.build import prepare
 from megatron_ext.train.ledger import read_ledger
 from megatron_ext.train.ledger_check import LedgerReport, check_ledger
@@ -22,6 +23,7 @@ from tests.train.test_skipping import events, same
 from tests.train.tiny_run import losses, master_weights, records, train, write_run
 
 BACK = ["train.skip.rollback={skips: 2, within: 3}", "logging.ledger=true", "train.dtype=float64", "checkpoint.keep_last=9"]
+DIGESTS = "logging.digests_every=1"
 STAGES = [{"tokens": 900}, {"sequence_length": 24, "weights": {"code": 4.0}}]
 SKIPPED = (5, 6)
 """Steps of the uninterrupted order whose gradients are spoiled; the run goes back from the second to step 3."""
@@ -44,7 +46,7 @@ def went_back(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run of nine steps on two ranks that goes back from step 6 to step 3."""
     folder = tmp_path_factory.mktemp("went_back")
     config = write_run(folder, train__steps=9, data__stages=STAGES)
-    run_ranks(2, train_badly, config, BACK, pieces_of_steps(config, BACK, *SKIPPED))
+    run_ranks(2, train_badly, config, [*BACK, DIGESTS], pieces_of_steps(config, BACK, *SKIPPED))
     return folder
 
 
@@ -61,14 +63,16 @@ def copy_of(folder: Path, target: Path, last: int) -> Path:
 
 def test_it_is_a_resumed_run_whose_sampler_was_moved_on(run_ranks: RunRanks, went_back: Path, tmp_path: Path) -> None:
     straight = write_run(tmp_path / "straight", train__steps=9, data__stages=STAGES)
-    run_ranks(2, train, straight, [*BACK, "train.skip.rollback=null"])
+    run_ranks(2, train, straight, [*BACK, DIGESTS, "train.skip.rollback=null"])
     config = copy_of(tmp_path / "straight", tmp_path / "moved", 3)
     mixture = prepare(load_config(config, BACK)).mixture
     for _ in range(6):
         mixture.take(256)
     amend_state(tmp_path / "moved/run/checkpoints/step_00000003", {"data": mixture.state_dict()})
-    run_ranks(2, train, config, BACK)
+    run_ranks(2, train, config, [*BACK, DIGESTS])
     assert losses(went_back / "run") == losses(tmp_path / "moved/run")
+    one, other = (read_digests(folder / "run") for folder in (went_back, tmp_path / "moved"))
+    assert first_difference(one, other) is None and list(one.steps) == list(other.steps) == list(range(1, 10))
     assert same(weights(went_back, 9), weights(tmp_path / "moved", 9)) and not same(
         weights(went_back, 9), weights(tmp_path / "straight", 9)
     )
@@ -94,13 +98,23 @@ def test_a_kill_after_going_back_changes_nothing_on_any_grid(
 ) -> None:
     config = write_run(tmp_path, train__steps=9, data__stages=STAGES)
     with pytest.raises(RankError, match="ended without an answer"):
-        run_ranks(2, train_badly, config, BACK, pieces_of_steps(config, BACK, *SKIPPED), (), (5, 1))
+        run_ranks(2, train_badly, config, [*BACK, DIGESTS], pieces_of_steps(config, BACK, *SKIPPED), (), (5, 1))
+    digests = read_digests(tmp_path / "run")
+    assert (list(digests.steps), list(digests.begins)) == ([1, 2, 3, 4], [0, 3]), "those of steps that it went back behind are gone"
     run_ranks(ranks, train, config, [*BACK, *grid])
     seen, expected = losses(tmp_path / "run"), losses(went_back / "run")
     assert seen == (expected if not grid and ranks == 2 else pytest.approx(expected, rel=1e-10, abs=0))
     report = checked(tmp_path)
     assert report.problems == [] and report.rows == {"trained": 9, "passed_over": 3}
     assert list(read_ledger(tmp_path / "run")) == list(read_ledger(went_back / "run"))
+
+
+def test_the_ledger_of_a_run_that_goes_back_twice_to_one_checkpoint_adds_up(run_ranks: RunRanks, tmp_path: Path) -> None:
+    config, twice = write_run(tmp_path, train__steps=6, data__stages=STAGES), [*BACK, "train.skip.rollback={skips: 1}"]
+    run_ranks(1, train_badly, config, twice, pieces_of_steps(config, twice, 4, 5))
+    assert [(event["step"], event["number"]) for event in events(tmp_path, "rollback")] == [(3, 0), (3, 1)]
+    report = checked(tmp_path)
+    assert report.problems == [] and report.rows == {"trained": 6, "passed_over": 2}
 
 
 def test_it_goes_back_only_so_often(run_ranks: RunRanks, tmp_path: Path) -> None:
