@@ -1,5 +1,6 @@
 """Two runs on one directory: refused while the first lives, wherever it lives, and only then."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import pytest
 from megatron_ext.atomic_io import write_json
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.parallel.world import World
-from megatron_ext.train.run_lock import LOCK_FILE, Owner, RunLock
+from megatron_ext.train.file_lock import Owner
+from megatron_ext.train.run_lock import LOCK_FILE, RunLock
 from tests.distributed import RunRanks
 from tests.grids import ALONE
 
@@ -89,14 +91,14 @@ def test_a_run_of_another_host_that_gives_signs_of_life_is_left_alone(tmp_path: 
     with pytest.raises(ConfigError, match="is used by process 1 on host far"):
         RunLock(tmp_path, ALONE, silent_seconds=10).__enter__()
     kill(pid)
-    assert "watching for 10 s whether that run lives" in capfd.readouterr().out
+    assert "watching for 10 s whether that lives" in capfd.readouterr().out
 
 
 def test_a_silent_run_of_another_host_is_taken_over_and_finds_out(tmp_path: Path) -> None:
     with RunLock(tmp_path, ALONE) as sleeper:
         mine = json.loads((tmp_path / LOCK_FILE).read_text())
         write_json(tmp_path / LOCK_FILE, {**mine, "machine": "another kernel"})
-        sleeper._owner = replace(sleeper._owner, machine="another kernel")
+        sleeper._lock._owner = replace(sleeper._lock._owner, machine="another kernel")
         sleeper.confirm()
         with RunLock(tmp_path, ALONE, silent_seconds=0.5) as taker:
             taker.confirm()
@@ -136,11 +138,37 @@ def test_of_many_that_find_a_dead_run_only_one_at_a_time_takes_over(tmp_path: Pa
     assert not list(tmp_path.glob("*lock*"))
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"pid": 3}'])
+NO_LOCKS = ["", "{}", "[1]", '{"pid": 3}', *(json.dumps({**asdict(FAR), **change}) for change in ({"pid": -1}, {"host": "\x1b[2J"}))]
+
+
+@pytest.mark.parametrize("text", NO_LOCKS)
 def test_a_file_that_is_no_lock_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / LOCK_FILE).write_text(text)
     with pytest.raises(ConfigError, match="lock.json is no lock of a run; remove it if no run uses the directory"):
         RunLock(tmp_path, ALONE).__enter__()
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_FILE
+    for make in (path.mkdir, lambda: path.symlink_to(tmp_path / "nowhere")):
+        make()
+        with pytest.raises(ConfigError, match="lock.json is .*no lock of a run; remove it"):
+            RunLock(tmp_path, ALONE).__enter__()
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_directory_that_cannot_be_locked_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*names: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fail)
+        with pytest.raises(ConfigError, match=f"run_dir: {tmp_path} is on .* without hard links .*: Operation not .*; accepted: a direct"):
+            RunLock(tmp_path, ALONE).__enter__()
+    monkeypatch.setattr("megatron_ext.train.file_lock.write_json", fail)
+    with pytest.raises(ConfigError, match=f"run_dir: {tmp_path} cannot be locked by lock.json: Operation not permitted; accepted: "):
+        RunLock(tmp_path, ALONE).__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 def enter(world: World, run_dir: Path) -> str:
