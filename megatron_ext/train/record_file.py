@@ -1,5 +1,6 @@
 """Files of records, a JSON object a line, that are appended to and outlast a disk that is full for a while."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,8 @@ from megatron_ext.errors import StorageError
 
 MOST_WAITING = 64 << 20
 """Bytes of the records of a file that may wait in memory."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say that have no locks."""
 
 
 class RecordFile:
@@ -72,7 +75,7 @@ class RecordFile:
             make_directory(self._path.parent)
             with open(self._path, "ab+", buffering=0) as file:
                 if self._shared:
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    _lock(file.fileno())
                 _append_whole(file.fileno(), b"".join(self._waiting))
         self._waiting.clear()
         self._flushed = False
@@ -88,6 +91,15 @@ def storing(path: Path, more: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}{more}") from error
+
+
+def _lock(descriptor: int) -> None:
+    """Keep other writers out as long as the file is open, where the file system can; elsewhere records are appended without it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def _append_whole(descriptor: int, data: bytes) -> None:

@@ -1,6 +1,10 @@
+import errno
+import fcntl
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from megatron_ext.report.events import read_events, standing
 from megatron_ext.report.metrics import read_run
@@ -38,6 +42,17 @@ def test_several_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda step: append_event(tmp_path, "skip", step=step, filler="x" * 5000), range(80)))
     assert sorted(step for _, step in names(tmp_path)) == list(range(80))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_gets_its_events_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    append_event(tmp_path, "save", step=1)
+    append_event(tmp_path, "stop", step=2)
+    assert names(tmp_path) == [("save", 1), ("stop", 2)]
 
 
 def test_the_writer_of_metrics_sends_events_there_and_drops_none(tmp_path: Path) -> None:
