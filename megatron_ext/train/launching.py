@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -13,20 +14,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.option_rules import shown
 from megatron_ext.train.started_run import StartedRun
 from megatron_ext.train.supervision import rank_end
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 LOCAL = ("localhost", "127.0.0.1")
+HOST = re.compile(r"[\w\[][\w.:@%\]-]*", re.ASCII)
+"""No name that ssh would take for an option."""
+SLOTS = re.compile("[1-9][0-9]{0,3}")
 HANDED_ON = ("PYTHON", "OMP_", "DS_", "NCCL_", "GLOO_", "UCX_", "TORCH_", "HF_", "CUDA_HOME", "LD_LIBRARY_PATH", "PATH")
 """Beginnings of the names of variables that ranks on other hosts get too."""
+SECRETS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL")
+"""Parts of the names of variables that are not handed on: the command line that they would stand in is for every process to read."""
 KILL_SECONDS = 15.0
 """How long launchers get to end after their ranks were killed; a connection to a host that is gone takes so long to notice it."""
 
 
 @dataclass(frozen=True)
 class RemoteShell:
-    """How a command is run on a host: directly on this one, through ``command host`` on others."""
+    """How a command is run on a host: directly on this one, through ``command host`` on others.
+
+    Others get variables of this environment (``HANDED_ON``), but none whose name says that it is secret (``SECRETS``). What needs a secret
+    there reads it from the file that its library has for it, on that host or in a home that hosts share: ``~/.cache/huggingface/token`` (or
+    below ``HF_HOME``), ``~/.netrc``.
+    """
 
     command: str = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
 
@@ -34,7 +46,7 @@ class RemoteShell:
         """``command`` as it is started here to run on ``host``, in this directory and with this environment's variables."""
         if is_local(host):
             return list(command)
-        handed_on = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(HANDED_ON)]
+        handed_on = [f"{name}={value}" for name, value in os.environ.items() if _is_handed_on(name)]
         inside = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *handed_on, *command])}"
         return [*shlex.split(self.command), host, inside]
 
@@ -56,6 +68,10 @@ def is_local(host: str) -> bool:
     return host in (*LOCAL, socket.gethostname())
 
 
+def _is_handed_on(name: str) -> bool:
+    return name.startswith(HANDED_ON) and not any(part in name.upper() for part in SECRETS)
+
+
 def _answers(process: subprocess.Popen[bytes], seconds: float) -> bool:
     try:
         return process.wait(max(0.1, seconds)) == 0
@@ -69,25 +85,35 @@ def parse_hosts(text: str) -> dict[str, int]:
     """Ranks of each host from ``a:4,b:4`` or from the lines ``a slots=4`` of a hostfile, as the deepspeed launcher reads it.
 
     Raises:
-        ConfigError: what is neither, with the entry.
+        ConfigError: what is neither, with the entry; a file that cannot be read.
     """
     if os.path.isfile(text):
-        with open(text, encoding="utf-8") as file:
-            entries = [line.split("#")[0].split() for line in file]
-        pairs = [tuple(" ".join(words).split(" slots=", 1)) for words in entries if words]
+        where = f"hosts: {text}"
+        pairs = [tuple(" ".join(words).split(" slots=", 1)) for words in _hostfile(text) if words]
     else:
+        where = "hosts"
         pairs = [tuple(entry.rsplit(":", 1)) for entry in text.split(",")]
-    hosts = {}
+    hosts: dict[str, int] = {}
     for pair in pairs:
-        if len(pair) != 2 or not pair[0] or not pair[1].isdigit() or int(pair[1]) < 1 or pair[0] in hosts:
-            raise ConfigError(f"hosts: {' '.join(pair)!r}; accepted: a hostfile of lines 'name slots=N', or name:N,..., each host once")
+        if len(pair) != 2 or not HOST.fullmatch(pair[0]) or not SLOTS.fullmatch(pair[1]) or pair[0] in hosts:
+            accepted = "a hostfile of lines 'name slots=N', or name:N,..., each host once, N from 1 to 9999"
+            raise ConfigError(f"{where}: {shown(' '.join(pair))}; accepted: {accepted}")
         hosts[pair[0]] = int(pair[1])
     local = [host for host in hosts if host in LOCAL]
     if not hosts or (local and len(hosts) > 1):
         raise ConfigError(
-            f"hosts: {text!r}; accepted: one host or more; beside others, {local or 'each'} by a name that the others resolve"
+            f"hosts: {shown(text)}; accepted: one host or more; beside others, {local or 'each'} by a name that the others resolve"
         )
     return hosts
+
+
+def _hostfile(path: str) -> list[list[str]]:
+    """The words of each line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.split("#")[0].split() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"hosts: {path}: {error}; accepted: a hostfile of lines 'name slots=N'") from error
 
 
 def launch_commands(ranks: Mapping[str, int], port: int, script: Sequence[str]) -> dict[str, list[str]]:

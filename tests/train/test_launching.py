@@ -10,16 +10,26 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.errors import ConfigError
 from megatron_ext.train.launching import LaunchedRun, RemoteShell, launch_commands, parse_hosts
 from megatron_ext.train.supervision import RankEnd
 from tests.train.tiny_run import ROOT
 
+SECRETS = ("HF_TOKEN", "HF_HUB_TOKEN", "NCCL_KEY", "PYTHON_DB_PASSWORD", "TORCH_client_secret")
 GUARD = str(ROOT / "tools" / "guard_rank.py")
 
 
 def test_hosts_come_from_a_hostfile_or_a_list(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# two\na slots=4\n\nb slots=2  # smaller\n", "utf-8")
     assert parse_hosts(str(tmp_path / "hosts")) == parse_hosts("a:4,b:2") == {"a": 4, "b": 2}
+
+
+@pytest.mark.parametrize("content", ["a slots=0", "a slots=\u00b2", "-oProxyCommand=x slots=2", "a b slots=2", "a slots=1000000", "\xff"])
+def test_a_hostfile_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_bytes(content.encode("latin-1" if content == "\xff" else "utf-8"))
+    with pytest.raises(ConfigError, match=f"^hosts: {path}: .*accepted: a hostfile of lines"):
+        parse_hosts(str(path))
 
 
 def test_each_host_is_told_its_number_and_all_the_same_world() -> None:
@@ -34,13 +44,15 @@ def test_each_host_is_told_its_number_and_all_the_same_world() -> None:
 def test_a_command_comes_through_a_shell_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """``sh -c`` in the place of ssh, which hands its last argument to a shell too."""
     monkeypatch.setenv("NCCL_DEBUG", "IN FO")
-    monkeypatch.setenv("SECRET", "kept here")
+    for name in ("SECRET", *SECRETS):
+        monkeypatch.setenv(name, "kept here")
     monkeypatch.chdir(tmp_path)
     program = "import os, sys, json; print(json.dumps([sys.argv[1:], os.getcwd(), os.environ['NCCL_DEBUG'], 'SECRET' in os.environ]))"
     *shell, host, text = RemoteShell("ssh -x").on("far", [sys.executable, "-c", program, "model={a: 'b c', $d: 1}"])
     assert shell == ["ssh", "-x"] and host == "far"
     done = subprocess.run(["env", "-i", "sh", "-c", text], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [["model={a: 'b c', $d: 1}"], str(tmp_path), "IN FO", False]
+    assert "kept here" not in text
     assert RemoteShell().on("localhost", ["x", "y"]) == ["x", "y"]
 
 
