@@ -25,7 +25,7 @@ from soak_report import Outcome, Report, compare, write_report
 from soak_run import NoRecovery, SoakRun, small_disk, write_config
 
 from megatron_ext.train.metrics import METRICS_FILE
-from megatron_ext.train.supervisor import last_step
+from megatron_ext.train.supervisor_log import last_step
 
 GRID = {"tp": 2, "pp": 1}
 

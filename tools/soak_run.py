@@ -21,7 +21,7 @@ from megatron_ext.checkpoint.choose import newest_whole
 from megatron_ext.checkpoint.directory import saved_steps
 from megatron_ext.data.indexed_writer import IndexedDatasetWriter
 from megatron_ext.train.metrics import METRICS_FILE
-from megatron_ext.train.supervisor import LOG_FILE, last_step
+from megatron_ext.train.supervisor_log import LOG_FILE, last_step
 
 TOOLS = Path(__file__).resolve().parent
 RANKS, VOCAB = 4, 64

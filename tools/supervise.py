@@ -9,6 +9,9 @@ them. A restart keeps tp and pp where they still fit and makes dp what is left, 
 tokens of a step stay, so the training is the same. A damaged newest checkpoint is passed over. SIGTERM or Ctrl-C ends the run in good
 order: it saves and ends with 0; a second one kills it. What was done and why is printed and appended to RUN_DIR/supervisor.jsonl.
 
+After a start that brought no new checkpoint there is a pause of 5 s (--pause) before the next, twice as long each time up to 300 s. Hosts
+that cannot be reached are waited for in such pauses if nothing fits on the others, for 1800 s at most (--wait).
+
 DeepSpeed has no elastic agent any more (0.19 refuses its configuration). torchrun's agent does not serve: it starts every round with the
 same arguments, so the grid cannot follow the hosts, needs a rendezvous host that does not die, and knows nothing of checkpoints.
 
@@ -16,6 +19,7 @@ Exit code: 0 after a good end; 2 if the configuration or the data cannot be used
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +45,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=usual.window, metavar="STEPS", help="steps of progress (%(default)s)")
     parser.add_argument("--max-stuck", type=int, default=usual.stuck, metavar="K", help="restarts without a new checkpoint (%(default)s)")
     parser.add_argument("--strikes", type=int, default=usual.strikes, metavar="K", help="killed ranks that lose a host (%(default)s)")
+    parser.add_argument(
+        "--pause", type=float, default=usual.pause, metavar="S", help="seconds before a restart if there is no new checkpoint (%(default)s)"
+    )
+    parser.add_argument("--wait", type=float, default=usual.hosts, metavar="S", help="seconds to wait for hosts at most (%(default)s)")
     parser.add_argument("--grace", type=float, default=10.0, metavar="S", help="seconds for the others to end after a failure, below 30")
     parser.add_argument("--remote-shell", default=remote.command, metavar="COMMAND", help="gets host and command (%(default)s)")
     parser.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="first port on the first host (%(default)s)")
@@ -51,9 +59,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def supervised(options: argparse.Namespace) -> Supervised:
     """What the command line asks for. Raises ConfigError."""
-    limits = Limits(options.max_restarts, options.window, options.max_stuck, options.strikes)
+    limits = Limits(options.max_restarts, options.window, options.max_stuck, options.strikes, options.pause, options.wait)
     if min(limits.restarts, limits.stuck) < 0 or min(limits.window, limits.strikes) < 1:
         raise ConfigError(f"{limits}; accepted: restarts and stuck of at least 0, window and strikes of at least 1")
+    if not (0 <= limits.pause < math.inf and 0 <= limits.hosts < math.inf):
+        raise ConfigError(f"--pause is {limits.pause}, --wait is {limits.hosts}; accepted: seconds from 0 on")
     if not 0 <= options.grace < 30:
         raise ConfigError(f"--grace is {options.grace}; accepted: 0 to below 30 seconds, after which the launcher itself kills ranks")
     return Supervised(

@@ -1,13 +1,11 @@
 """Start a run, and start it again when it fails: on the hosts that remain, from the last whole checkpoint."""
 
-import json
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from megatron_ext.checkpoint.choose import Choice, newest_whole
 from megatron_ext.checkpoint.directory import LATEST
@@ -15,17 +13,19 @@ from megatron_ext.config import RunConfig, load_config
 from megatron_ext.errors import ConfigError
 from megatron_ext.train.build import prepare, run_shape
 from megatron_ext.train.elastic_grid import RULE, Layout, choose_grid
+from megatron_ext.train.file_lock import FileLock, Owner
 from megatron_ext.train.forking import ForkedRun
 from megatron_ext.train.launching import LaunchedRun, RemoteShell, free_port, is_local, launch_commands
 from megatron_ext.train.metrics import METRICS_FILE
 from megatron_ext.train.started_run import StartedRun
 from megatron_ext.train.stopping import STOP_FILE, request_stop
-from megatron_ext.train.supervision import Attempt, Failure, Limits, blame, lost_hosts, verdict
+from megatron_ext.train.supervision import Attempt, Failure, Limits, blame, lost_hosts, pause, pauses, verdict
+from megatron_ext.train.supervisor_log import SupervisorLog, last_step, say
 from megatron_ext.train.trainer import CHECKPOINTS
 
-LOG_FILE = "supervisor.jsonl"
-TAIL_BYTES = 1 << 20
-"""Of the metrics, in which the last step is looked for."""
+LOCK_FILE = "supervisor_lock.json"
+SLEEP_SECONDS = 0.5
+"""How long a signal waits at most while the supervisor waits."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ class Supervised:
     """On the first host, where it is not this one; the next start takes the next."""
 
 
+@dataclass(frozen=True)
+class Clock:
+    """Time as the supervisor spends it between starts, in seconds."""
+
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
 @dataclass
 class StopSignals:
     """SIGTERM and SIGINT to the supervisor: the first asks the run to end in good order, the second kills it."""
@@ -64,20 +72,6 @@ class StopSignals:
         self.count += 1
 
 
-class SupervisorLog:
-    """What the supervisor does, on the console and in supervisor.jsonl."""
-
-    def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = run_dir / LOG_FILE
-
-    def event(self, event: str, message: str, **fields: Any) -> None:
-        """Print ``message`` and append a record with ``fields``."""
-        print(f"supervisor: {message}", flush=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "time": time.time(), "message": message, **fields}) + "\n")
-
-
 class Supervisor:
     """One supervised run.
 
@@ -85,8 +79,8 @@ class Supervisor:
         ConfigError, DataError, CheckpointError: what cannot be used, before anything is started.
     """
 
-    def __init__(self, what: Supervised) -> None:
-        self.what = what
+    def __init__(self, what: Supervised, clock: Clock | None = None) -> None:
+        self.what, self.clock = what, clock or Clock()
         self._configure: Callable[[list[str]], RunConfig] = lambda more: load_config(what.config, [*what.overrides, *more])
         self.config = self._configure([])
         self.model = prepare(self.config).model
@@ -99,18 +93,34 @@ class Supervisor:
         self.signals = StopSignals()
         self.attempts: list[Attempt] = []
         self.lost: list[str] = []
+        self.unreachable: list[str] = []
+        self._lock = FileLock(self.run_dir / LOCK_FILE, self._refusal)
         self._latest_before = self._latest()
 
     def run(self) -> int:
-        """Until the run ends in good order (0), or is given up: the code of its last failure, at least 1."""
+        """Until the run ends in good order (0), or is given up: the code of its last failure, at least 1.
+
+        Raises:
+            ConfigError: another supervisor keeps a run in this directory going.
+        """
+        with self._lock:
+            return self._keep_running()
+
+    def _refusal(self, owner: Owner) -> str:
+        return (
+            f"run_dir: {self.run_dir} is supervised by {owner}; accepted: a directory in which no other supervisor keeps a run going. Stop "
+            "that run first (tools/stop.py), or give this one another run_dir"
+        )
+
+    def _keep_running(self) -> int:
         layout: Layout | None = None
         while True:
             choice = newest_whole(self.checkpoints)
             try:
-                before, layout = layout, self._layout()
+                before, layout = layout, self._layout_in_time()
                 resume = self._resume(choice)
             except ConfigError as error:
-                return self._give_up(str(error), 1)
+                return self._give_up("it was asked to stop" if self.signals.count else str(error), 1)
             self._say_start(layout, before, choice, resume)
             code, failure = self._attempt(layout, resume)
             if failure is None:
@@ -118,15 +128,52 @@ class Supervisor:
                 return 0
             self.attempts.append(Attempt(choice.step, newest_whole(self.checkpoints).step, failure))
             self.log.event("failure", f"{failure}", **asdict(failure), code=code, **self._steps(), grid=asdict(layout.shape))
-            reason = "it was asked to stop" if self.signals.count else verdict(self.attempts, self.what.limits)
-            if reason:
+            if reason := self._reason_to_end() or self._pause():
                 return self._give_up(reason, code)
+
+    def _reason_to_end(self) -> str | None:
+        """Why the run is not to be started again after it failed; None if it is."""
+        if self.signals.count:
+            return "it was asked to stop"
+        if not self._lock.holds():
+            return f"{self._lock.path} is no longer this supervisor's, but of {self._lock.owner() or 'nobody'}"
+        return verdict(self.attempts, self.what.limits)
+
+    def _pause(self) -> str | None:
+        """Give what made the run fail time to end, if there is no new checkpoint; returns why the run is not to be started then."""
+        seconds = pause(self.attempts, self.what.limits)
+        if seconds > 0:
+            self.log.event("pause", f"no new checkpoint: {seconds:.0f} s until the next start", seconds=seconds)
+            self._sleep(seconds)
+        return self._reason_to_end()
+
+    def _sleep(self, seconds: float) -> None:
+        end = self.clock.now() + seconds
+        while (left := end - self.clock.now()) > 0 and not self.signals.count:
+            self.clock.sleep(min(left, SLEEP_SECONDS))
+
+    def _layout_in_time(self) -> Layout:
+        """The grid; hosts without which there is none are waited for, with growing pauses. Raises ConfigError if they do not come."""
+        begin = self.clock.now()
+        for seconds in pauses(max(1.0, self.what.limits.pause)):
+            try:
+                return self._layout()
+            except ConfigError as error:
+                left = begin + self.what.limits.hosts - self.clock.now()
+                if not self.unreachable or left <= 0 or self.signals.count:
+                    raise
+                seconds, hosts = min(seconds, left), ", ".join(self.unreachable)
+                message = f"{error}; waiting {seconds:.0f} s for {hosts}, {left:.0f} s in all"
+                self.log.event("wait", message, hosts=self.unreachable, seconds=seconds)
+                self._sleep(seconds)
+        raise AssertionError("pauses do not end")
 
     def _layout(self) -> Layout:
         """The grid on the hosts that are there. Raises ConfigError if there is none."""
         struck = lost_hosts(self.attempts, self.what.limits, list(self.what.hosts))
-        unreachable = self.what.remote.unreachable(list(self.what.hosts))
-        reasons = dict.fromkeys(struck, f"{self.what.limits.strikes} failures on it") | dict.fromkeys(unreachable, "it cannot be reached")
+        self.unreachable = self.what.remote.unreachable(list(self.what.hosts))
+        reasons = dict.fromkeys(struck, f"{self.what.limits.strikes} failures on it")
+        reasons |= dict.fromkeys(self.unreachable, "it cannot be reached")
         for host in [host for host in reasons if host not in self.lost]:
             self.log.event("host_lost", f"host {host} counts as lost: {reasons[host]}", host=host, reason=reasons[host])
         for host in [host for host in self.lost if host not in reasons]:
@@ -184,7 +231,7 @@ class Supervisor:
                 self.log.event("stop", "asked to stop: the run saves at the end of its step and ends")
             if stopping and self.run_dir.is_dir():
                 # Again and again: a run that is only starting forgets requests of before.
-                request_stop(self.run_dir)
+                self._request_stop()
             return self.signals.count > 1
 
         code = run.wait(self.what.grace, tick)
@@ -194,37 +241,28 @@ class Supervisor:
             return 0, None
         return code, blame(run.ends, run.lines, self.what.remote.unreachable(list(layout.ranks)), layout.ranks)
 
+    def _request_stop(self) -> None:
+        try:
+            request_stop(self.run_dir)
+        except OSError as error:
+            self.log.once(f"the run cannot be asked to stop ({error}); a second signal kills it")
+
     def _start(self, layout: Layout, arguments: list[str]) -> StartedRun:
         what = self.what
         local = all(map(is_local, layout.ranks))
         port = free_port() if local else what.port + len(self.attempts)
         if what.fork:
-            return ForkedRun(layout.shape.size, port, [what.script, *arguments], _echo)
+            return ForkedRun(layout.shape.size, port, [what.script, *arguments], say)
         commands = launch_commands(layout.ranks, port, [what.guard, what.script, *arguments])
-        return LaunchedRun({host: what.remote.on(host, command) for host, command in commands.items()}, _echo)
+        return LaunchedRun({host: what.remote.on(host, command) for host, command in commands.items()}, say)
 
     def _steps(self) -> dict[str, int]:
         """Where the run has come to, and what is saved of it."""
         attempt = self.attempts[-1]
-        return {"step": last_step(self.run_dir / METRICS_FILE), "saved_before": attempt.before, "saved": attempt.after}
+        return {"step": last_step(self.run_dir / METRICS_FILE, self.log.once), "saved_before": attempt.before, "saved": attempt.after}
 
     def _give_up(self, reason: str, code: int) -> int:
         saved = newest_whole(self.checkpoints)
         where = "no checkpoint was saved" if saved.path is None else f"the last whole checkpoint is {saved.path}"
         self.log.event("give_up", f"the run is not started again: {reason}; {where}", reason=reason, step=saved.step)
         return code if 0 < code < 256 else 1
-
-
-def _echo(line: str) -> None:
-    print(line, flush=True)
-
-
-def last_step(metrics: Path) -> int:
-    """The last step in the metrics of a run, also while or after its last line was cut off; 0 without one."""
-    if not metrics.exists():
-        return 0
-    with open(metrics, "rb") as file:
-        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]
-    steps = [json.loads(line)["step"] for line in lines if line.startswith(b'{"kind": "train"')]
-    return steps[-1] if steps else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.train.supervisor import last_step
+from megatron_ext.train.supervisor_log import last_step
 from tests.distributed import RunRanks
 from tests.multinode.hosts import ADDRESSES, Hosts, two_hosts, why_not
 from tests.train.tiny_run import losses, train, write_run

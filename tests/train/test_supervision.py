@@ -4,7 +4,7 @@ import torch
 
 from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.world import World
-from megatron_ext.train.supervision import Attempt, Failure, Limits, RankEnd, blame, lost_hosts, rank_end, verdict
+from megatron_ext.train.supervision import Attempt, Failure, Limits, RankEnd, blame, lost_hosts, pause, rank_end, verdict
 
 RANKS = {"a": 2, "b": 2}
 KILLED = Failure("b", 3, "was killed by SIGKILL", struck=True)
@@ -21,13 +21,18 @@ def heartbeat_line(rank: int, what: str) -> str:
 
 def test_the_line_of_a_guard_is_read_and_others_are_not() -> None:
     assert rank_end('noise rank ended: {"rank": 3, "host": "x", "code": -9}', "b") == RankEnd(3, "b", -9)
-    assert rank_end("rank 3 ended", "b") is None
+    for line in ("rank 3 ended", "rank ended: {oops}", 'rank ended: {"rank": 3}', 'rank ended: {"rank": "3", "code": 1}'):
+        assert rank_end(line, "b") is None
 
 
 def test_a_killed_rank_is_blamed_and_not_those_that_fell_over_it() -> None:
     ends = [RankEnd(1, "a", 1), RankEnd(3, "b", -9), RankEnd(0, "a", 1)]
     assert blame(ends, [RESET], [], RANKS) == KILLED
     assert blame(ends[:1], [RESET], [], RANKS) == Failure("a", 1, f"ended with code 1: {RESET}")
+
+
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    assert blame([RankEnd(0, "a", -35)], [], [], RANKS).reason == "was killed by signal 35"
 
 
 def test_a_silent_rank_is_blamed_with_its_host_as_the_supervisor_calls_it() -> None:
@@ -66,6 +71,30 @@ def test_a_run_without_progress_stops_sooner_than_one_with_it() -> None:
     assert "10 restarts within 1000 steps" in (verdict([*moving, Attempt(50, 55, BROKEN)], limits) or "")
     far = [Attempt(500 * n, 500 * n + 500, BROKEN) for n in range(50)]
     assert verdict(far, limits) is None, "old failures are forgotten as the run goes on"
+
+
+def test_an_error_of_the_numbers_that_comes_again_in_the_same_words_is_final() -> None:
+    def failed(text: str) -> Attempt:
+        return Attempt(3, 6, blame([RankEnd(0, "a", 2)], [text], [], RANKS))
+
+    for name in ("TrainingError", "NonFiniteError"):
+        first, other = failed(f"{name}: skipped 2 steps in a row: step 9"), failed(f"{name}: skipped 2 steps in a row: step 12")
+        assert verdict([first], Limits()) is None and verdict([first, other], Limits()) is None
+        assert "it failed twice in the same words" in (verdict([other, first, first], Limits()) or "")
+    storage = failed("StorageError: disk full")
+    assert verdict([storage, storage], Limits()) is None
+
+
+def test_pauses_grow_while_there_is_no_new_checkpoint() -> None:
+    limits = Limits(pause=5)
+    assert pause([Attempt(0, 5, BROKEN)], limits) == 0
+    assert [pause([Attempt(0, 5, BROKEN), *[Attempt(5, 5, BROKEN)] * idle], limits) for idle in (1, 2, 3, 7, 5000)] == [5, 10, 20, 300, 300]
+    assert pause([Attempt(0, 0, BROKEN)] * 3, Limits(pause=0)) == 0
+
+
+def test_checkpoints_of_another_run_in_the_directory_are_no_progress() -> None:
+    refused = Failure("a", 0, "ended with code 2: ConfigError: run_dir: x is used by process 3 on host b since now; accepted: ...")
+    assert "1 restarts in a row" in (verdict([Attempt(0, 5, refused), Attempt(5, 9, refused)], Limits(stuck=1)) or "")
 
 
 def test_no_restart_at_all_can_be_asked_for() -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ext.train.supervisor import last_step
+from megatron_ext.train.file_lock import FileLock
+from megatron_ext.train.supervisor_log import last_step
 from tests.distributed import RunRanks
 from tests.tools.loading import load_tool
 from tests.train.tiny_run import ROOT, losses, train, write_run
@@ -131,12 +132,41 @@ def stand_in(folder: Path, text: str) -> str:
 @pytest.mark.usefixtures("signals_restored")
 def test_a_run_that_gets_nowhere_is_given_up(tmp_path: Path) -> None:
     config, script = write_run(tmp_path), stand_in(tmp_path, "raise RuntimeError('the same again')")
-    options = ["--local", "2", "--fork", "--max-stuck", "2", "--grace", "3", "--script", script]
+    options = ["--local", "2", "--fork", "--max-stuck", "2", "--grace", "3", "--pause", "0", "--script", script]
     assert load_tool("supervise").main([*options, "--config", str(config)]) == 1
     seen = events(tmp_path / "run")
     assert [event["event"] for event in seen] == ["start", "failure", *["restart", "failure"] * 2, "give_up"]
     assert "2 restarts in a row brought no new checkpoint" in seen[-1]["reason"]
     assert "ended with code 1: RuntimeError: the same again" in seen[1]["reason"]
+
+
+@pytest.mark.usefixtures("signals_restored")
+def test_a_second_supervisor_is_refused_and_leaves_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, run_dir = write_run(tmp_path), tmp_path / "run"
+    run_dir.mkdir()
+    first = FileLock(run_dir / "supervisor_lock.json", lambda owner: "")
+    with first:
+        assert load_tool("supervise").main(["--local", "1", "--fork", "--config", str(config)]) == 2
+        assert f"run_dir: {run_dir} is supervised by process {os.getpid()} on host" in capsys.readouterr().err
+        assert [path.name for path in run_dir.iterdir()] == ["supervisor_lock.json"] and first.holds()
+
+
+@pytest.mark.usefixtures("signals_restored")
+def test_what_looks_like_the_word_of_a_guard_and_a_log_that_cannot_be_written_end_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = stand_in(tmp_path, "print('rank ended: {oops}\\n' * 20000, flush=True)")
+    (tmp_path / "run" / "supervisor.jsonl").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 3}\n{"kind": "train", "st\n', "utf-8")
+    assert load_tool("supervise").main(["--local", "1", "--script", script, "--config", str(write_run(tmp_path))]) == 0
+    printed, errors = capfd.readouterr()
+    assert printed.count("rank ended: {oops}") == 20000 and "supervisor.jsonl cannot be written: Is a directory" in errors
+
+
+def test_a_line_that_cannot_be_read_is_passed_over_and_said(tmp_path: Path) -> None:
+    path, said = tmp_path / "metrics.jsonl", []
+    path.write_text('{"kind": "train", "step": 3}\n{"kind": "train", "st\n{"kind": "train", "step": null}\n', "utf-8")
+    assert last_step(path, said.append) == 3 and len(said) == 2 and all(str(path) in line for line in said)
 
 
 @pytest.mark.usefixtures("signals_restored")
