@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tests.fuzz import checkpoint_targets, data_targets, text_targets
+from tests.fuzz import checkpoint_targets, data_targets, run_targets, text_targets
 from tests.fuzz.target import Target
 
 TARGETS: Mapping[str, Target] = {
@@ -25,4 +25,8 @@ TARGETS: Mapping[str, Target] = {
     "hf_config": checkpoint_targets.HF_CONFIG_TARGET,
     "own_config": checkpoint_targets.OWN_CONFIG_TARGET,
     "checkpoint": checkpoint_targets.CHECKPOINT_TARGET,
+    "ledger": run_targets.LEDGER_TARGET,
+    "digests": run_targets.DIGESTS_TARGET,
+    "lock": run_targets.LOCK_TARGET,
+    "hosts": run_targets.HOSTS_TARGET,
 }
