@@ -6,8 +6,9 @@
 Four gloo ranks train under ``tools/supervise.py``. Faults come at random moments, drawn from the seed: ranks are killed and frozen, the
 disk of the checkpoints is filled (a small tmpfs, as root), the newest checkpoint is damaged, the run is asked to stop. After each the run
 must train again, and a checkpoint must be whole. At the end the same steps are trained without faults: losses, gradient norms and the files
-of the last checkpoint must be equal bit for bit. OUTPUT/soak.md tells what was done and what came of it. Ctrl-C ends the faults early, and
-the report says how long they lasted. Exit code 1 if anything differs or does not recover.
+of the last checkpoint must be equal bit for bit, and the ledger of the run must prove that every document was read once an epoch.
+OUTPUT/soak.md tells what was done and what came of it. Ctrl-C ends the faults early, and the report says how long they lasted. Exit code 1
+if anything differs, does not recover or does not add up.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soak_faults import KINDS, Fault, inject, schedule
-from soak_report import Outcome, Report, compare, write_report
+from soak_report import Outcome, Report, compare, ledger_of, write_report
 from soak_run import NoRecovery, SoakRun, small_disk, write_config
 
 from megatron_ext.train.metrics import METRICS_FILE
@@ -83,10 +84,10 @@ def soak(options: argparse.Namespace, kinds: tuple[str, ...], enough: threading.
         finally:
             undisturbed.kill()
         load.append(os.getloadavg()[0])
-        comparison = compare(output / "run", output / "undisturbed", steps)
+        comparison, ledger = compare(output / "run", output / "undisturbed", steps), ledger_of(output / "run")
         shutil.rmtree(output / "run" / "checkpoints", ignore_errors=True)
     return Report(
-        options.seed, hurt_seconds, time.monotonic() - begin, load, obstacle, outcomes, comparison, run.events(), options.launcher
+        options.seed, hurt_seconds, time.monotonic() - begin, load, obstacle, outcomes, comparison, ledger, run.events(), options.launcher
     )
 
 
@@ -111,7 +112,8 @@ def one(run: SoakRun, fault: Fault) -> Outcome:
     """Wait for the fault's moment, inject it, and wait until the run trains again."""
     run.wait_for_moment(fault)
     before, events, begin = run.step(), len(run.events()), time.time()
-    what = inject(fault, run)
+    done = inject(fault, run)
+    what = done.what
     whole = run.newest_whole()
     try:
         run.recover(fault, begin)
@@ -121,7 +123,7 @@ def one(run: SoakRun, fault: Fault) -> Outcome:
     new = run.events()[events:]
     starts = [event for event in new if event["event"] in ("start", "restart")]
     lost = max(0, before - starts[0]["step"]) if starts else 0
-    return Outcome(fault.kind, what, before, time.time() - begin, recovered, whole is not None, len(starts), lost)
+    return Outcome(fault.kind, what, before, time.time() - begin, recovered, whole is not None, len(starts), lost, done.met)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,35 +37,44 @@ def schedule(seed: int, kinds: tuple[str, ...], gap: float, ranks: int = 4) -> I
             yield Fault(kind, draw.randrange(ranks), draw.uniform(0, gap), draw.random() < 0.4, draw.random())
 
 
-def inject(fault: Fault, run: "SoakRun") -> str:
-    """Do it; returns what was done, in words."""
-    return INJECTORS[fault.kind](fault, run) + (" during a save" if fault.during_save and fault.kind.startswith(("kill", "stop")) else "")
+@dataclass(frozen=True)
+class Done:
+    """What was done, in words; and whether the run met it."""
+
+    what: str
+    met: bool = True
 
 
-def _kill_rank(fault: Fault, run: "SoakRun") -> str:
+def inject(fault: Fault, run: "SoakRun") -> Done:
+    """Do it."""
+    done = INJECTORS[fault.kind](fault, run)
+    return replace(done, what=f"{done.what} during a save") if fault.during_save and fault.kind.startswith(("kill", "stop")) else done
+
+
+def _kill_rank(fault: Fault, run: "SoakRun") -> Done:
     os.kill(run.ranks()[fault.rank], signal.SIGKILL)
-    return f"rank {fault.rank} killed"
+    return Done(f"rank {fault.rank} killed")
 
 
-def _kill_all(fault: Fault, run: "SoakRun") -> str:
+def _kill_all(fault: Fault, run: "SoakRun") -> Done:
     run.kill()
-    return "supervisor and all ranks killed"
+    return Done("supervisor and all ranks killed")
 
 
-def _stop_rank(fault: Fault, run: "SoakRun") -> str:
+def _stop_rank(fault: Fault, run: "SoakRun") -> Done:
     os.kill(run.ranks()[fault.rank], signal.SIGSTOP)
-    return f"rank {fault.rank} frozen by SIGSTOP"
+    return Done(f"rank {fault.rank} frozen by SIGSTOP")
 
 
-def _sigterm(fault: Fault, run: "SoakRun") -> str:
+def _sigterm(fault: Fault, run: "SoakRun") -> Done:
     if fault.variant < 0.5:
         os.kill(run.ranks()[fault.rank], signal.SIGTERM)
-        return f"SIGTERM to rank {fault.rank}"
+        return Done(f"SIGTERM to rank {fault.rank}")
     run.terminate()
-    return "SIGTERM to the supervisor"
+    return Done("SIGTERM to the supervisor")
 
 
-def _damage(fault: Fault, run: "SoakRun") -> str:
+def _damage(fault: Fault, run: "SoakRun") -> Done:
     """All ranks are killed first, so that nothing is saved on top of the damage."""
     for pid in run.ranks().values():
         os.kill(pid, signal.SIGKILL)
@@ -76,9 +85,9 @@ def _damage(fault: Fault, run: "SoakRun") -> str:
     size, digits = file.stat().st_size, int(fault.variant * 1e6)
     if digits % 2:
         os.truncate(file, size // 2)
-        return f"{file.relative_to(newest.parent)} cut off, all ranks killed"
+        return Done(f"{file.relative_to(newest.parent)} cut off, all ranks killed")
     flip_bit(file, digits % size)
-    return f"one bit of {file.relative_to(newest.parent)} flipped, all ranks killed"
+    return Done(f"one bit of {file.relative_to(newest.parent)} flipped, all ranks killed")
 
 
 def flip_bit(file: Path, place: int) -> None:
@@ -90,7 +99,7 @@ def flip_bit(file: Path, place: int) -> None:
         opened.write(bytes([byte ^ 1]))
 
 
-def _disk_full(fault: Fault, run: "SoakRun") -> str:
+def _disk_full(fault: Fault, run: "SoakRun") -> Done:
     """Fill the disk of the checkpoints until the run says so, and empty it again."""
     ballast, said = run.checkpoints / "ballast", run.said_disk_full()
     with open(ballast, "wb", buffering=0) as file:
@@ -104,7 +113,7 @@ def _disk_full(fault: Fault, run: "SoakRun") -> str:
         time.sleep(0.05)
     noticed = run.said_disk_full() > said
     ballast.unlink()
-    return "disk full until " + ("a save failed" if noticed else f"{FULL_SECONDS:.0f} s were over; no save failed")
+    return Done("disk full until " + ("a save failed" if noticed else f"{FULL_SECONDS:.0f} s were over; no save failed"), noticed)
 
 
 INJECTORS = {

@@ -10,7 +10,11 @@ from typing import Any
 from megatron_ext.atomic_io import atomic_open
 from megatron_ext.checkpoint.choose import newest_whole
 from megatron_ext.checkpoint.manifest import read_state
+from megatron_ext.config import load_config
+from megatron_ext.errors import MegatronExtError
+from megatron_ext.train.ledger_check import LedgerReport, check_ledger
 from megatron_ext.train.metrics import METRICS_FILE
+from megatron_ext.train.sources import CONFIG_FILE
 
 COMPARED = ("loss", "grad_norm", "tokens", "tokens_by_source")
 
@@ -31,6 +35,13 @@ class Outcome:
     restarts: int
     lost: int
     """Steps that had to be trained again."""
+    met: bool = True
+    """The run met the fault; a full disk is not met by a run that does not save meanwhile."""
+
+    @property
+    def label(self) -> str:
+        """The row of the table that it counts in."""
+        return self.kind if self.met else f"{self.kind}, not met: no save failed"
 
     def __str__(self) -> str:
         end = f"trains again after {self.seconds:.1f} s" if self.recovered else "DOES NOT RECOVER"
@@ -60,14 +71,16 @@ class Report:
     obstacle: str | None
     outcomes: list[Outcome]
     comparison: Comparison
+    ledger: LedgerReport
     events: list[dict[str, Any]]
     launcher: bool
 
     @property
     def passed(self) -> bool:
-        """Everything recovered, a whole checkpoint was always there, and nothing differs."""
-        good = all(each.recovered and each.loadable for each in self.outcomes)
-        return good and bool(self.outcomes) and not self.comparison.different and self.comparison.steps > 0
+        """Everything recovered, a whole checkpoint was always there, nothing differs, and the whole ledger adds up."""
+        good = all(each.recovered and each.loadable for each in self.outcomes) and bool(self.outcomes)
+        equal = not self.comparison.different and self.comparison.steps > 0
+        return good and equal and not self.ledger.problems and not self.ledger.unchecked
 
 
 def compare(run: Path, undisturbed: Path, steps: int) -> Comparison:
@@ -84,6 +97,14 @@ def compare(run: Path, undisturbed: Path, steps: int) -> Comparison:
     files, others = (_files(each) for each in (run, undisturbed))
     different += [f"{name} of the last checkpoint" for name in sorted(files.keys() | others.keys()) if files.get(name) != others.get(name)]
     return Comparison(len(seen), different[:10], len(files))
+
+
+def ledger_of(run: Path) -> LedgerReport:
+    """The check of the ledger of a run; one that cannot be read is a problem too."""
+    try:
+        return check_ledger(run, load_config(run / CONFIG_FILE, []))
+    except MegatronExtError as error:
+        return LedgerReport(problems=[str(error)])
 
 
 def _steps(run: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
@@ -131,12 +152,17 @@ def _lines(report: Report) -> list[str]:
         f"last checkpoint {'DIFFER from' if comparison.different else 'are equal, bit for bit, to'} those of the undisturbed run.",
         "",
     ]
+    rows = ", ".join(f"{report.ledger.rows[kind]} {kind}" for kind in sorted(report.ledger.rows.keys() - {"begin"}))
+    verdict = "DOES NOT ADD UP" if report.ledger.problems else "adds up"
+    lines += [f"The ledger ({rows or 'no'} steps) {verdict}. Checked: {'; '.join(report.ledger.checked) or 'nothing'}.", ""]
+    lines += [f"- ledger: {each}" for each in report.ledger.problems]
+    lines += [f"- ledger, not checked: {each}" for each in report.ledger.unchecked]
     if report.obstacle:
         lines += [f"No disk was filled: {report.obstacle}.", ""]
     lines += [f"- {each}" for each in comparison.different]
     lines += ["| fault | times | seconds until a step is trained: median | max | steps again: median | max |", "|---|---|---|---|---|---|"]
-    for kind in sorted({each.kind for each in outcomes}):
-        of_kind = [each for each in outcomes if each.kind == kind]
+    for kind in sorted({each.label for each in outcomes}):
+        of_kind = [each for each in outcomes if each.label == kind]
         seconds, lost = [each.seconds for each in of_kind], [each.lost for each in of_kind]
         lines.append(
             f"| {kind} | {len(of_kind)} | {statistics.median(seconds):.1f} | {max(seconds):.1f} "

@@ -53,7 +53,7 @@ def write_config(folder: Path, grid: Mapping[str, int]) -> Path:
         "schedule": {"kind": "constant", "warmup_steps": 2},
         "train": {"steps": LONG, "dtype": "float32", "threads_per_rank": 1, "heartbeat_timeout": 10.0},
         "evaluation": {"tokens": 256},
-        "logging": {"every": 20, "tensorboard": False},
+        "logging": {"every": 20, "tensorboard": False, "ledger": True},
         "checkpoint": {"every": 4, "keep_last": 4, "asynchronous": True},
     }
     path = folder / "config.yaml"
@@ -84,7 +84,7 @@ class SoakRun:
     def __init__(self, config: Path, run_dir: Path, *, launcher: bool, log: Path, steps: int = LONG) -> None:
         self.run_dir, self.checkpoints = run_dir, run_dir / "checkpoints"
         start = ["--local", str(RANKS)] if launcher else ["--local", str(RANKS), "--fork"]
-        limits = ["--max-restarts", "1000000", "--max-stuck", "20", "--grace", "5"]
+        limits = ["--max-restarts", "1000000", "--max-stuck", "20", "--grace", "5", "--pause", "0"]
         what = ["--config", str(config), f"run_dir={run_dir}", f"train.steps={steps}"]
         self._command = [sys.executable, str(TOOLS / "supervise.py"), *start, *limits, *what]
         self._log = open(log, "ab")  # noqa: SIM115 - open as long as the soak

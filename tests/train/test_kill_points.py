@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint.load import find_checkpoint, verify
+from megatron_ext.config import load_config
+from megatron_ext.train.ledger_check import check_ledger
 from tests.grids import ALONE
 from tests.train.kills import Moment, live
 from tests.train.tiny_run import losses, master_weights, write_run
@@ -23,6 +25,7 @@ SMALL = {
     "evaluation__tokens": 64,
     "model__hidden_size": 16,
     "model__intermediate_size": 16,
+    "logging__ledger": True,
 }
 MOST_CALLS = 450
 """Of a start of the run, a few saves and the steps between them."""
@@ -46,7 +49,9 @@ def assert_whole(folder: Path, before: int) -> int:
 
 
 def assert_same_end(folder: Path, reference: Path) -> None:
-    """Losses, masters and moments bit for bit, and the exported model byte for byte."""
+    """Losses, masters and moments bit for bit, and the exported model byte for byte; a ledger that adds up."""
+    report = check_ledger(folder / "run", load_config(folder / "run" / "config.yaml", []))
+    assert (report.problems, report.unchecked, report.rows) == ([], [], {"trained": STEPS})
     assert losses(folder / "run") == losses(reference / "run")
     last = [each / "run" / "checkpoints" / f"step_{STEPS:08d}" for each in (folder, reference)]
     seen, expected = map(master_weights, last)
