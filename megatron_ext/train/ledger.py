@@ -126,6 +126,7 @@ def _row(line: bytes, place: str) -> Row:
         numbers = [step, *([row["rollback"], row["was"]] if kind == "passed_over" else [])]
         if kind == "begin":
             is_row = isinstance(row["data"], dict)
+            numbers += _leaves(row["data"])
         else:
             numbers += [number for pieces in row["documents"].values() for piece in pieces for number in piece]
             is_row = kind in STEP_KINDS and all(len(piece) == 3 for pieces in row["documents"].values() for piece in pieces)
@@ -134,6 +135,15 @@ def _row(line: bytes, place: str) -> Row:
     if not is_row or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise DataError(f"{place}: no row of a ledger; accepted: what a run wrote; the line is {line[:80]!r}")
     return row
+
+
+def _leaves(state: Any) -> Iterator[Any]:
+    """What the state of a sampler consists of, but for texts."""
+    if isinstance(state, dict):
+        for value in state.values():
+            yield from _leaves(value)
+    elif not isinstance(state, str):
+        yield state
 
 
 def _files(folder: Path) -> list[Path]:

@@ -145,7 +145,7 @@ class _Order:
         place: of the ledger, for errors.
 
     Raises:
-        DataError: the row has no state of this sampler.
+        DataError: the row has no state that this sampler goes on from.
     """
 
     def __init__(self, sampler: Sampler, tokens_per_step: int, begin: Row, place: Path) -> None:
@@ -155,8 +155,9 @@ class _Order:
         if begin["step"] > 0:
             try:
                 sampler.load_state_dict(begin["data"])
-            except (KeyError, TypeError, AttributeError) as error:
-                raise DataError(f"{place}: the row of kind 'begin' has no state of a sampler: {type(error).__name__} {error}") from None
+                sampler.copy().take(tokens_per_step)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise DataError(f"{place}: from the row of kind 'begin' no sampler goes on: {type(error).__name__} {error}") from error
 
     def data(self) -> dict[str, Any]:
         """Where the sampler stands."""

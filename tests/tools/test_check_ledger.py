@@ -112,6 +112,18 @@ def test_a_ledger_that_begins_later_says_what_it_does_not_tell(tmp_path: Path, c
     assert f"not checked: the newest checkpoint stands where the ledger does: {run / 'checkpoints'} has none" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change", [{"fingerprint": "another"}, {"steps": {}}, {"cursors": {"prose": 3}}, {"cursors": {"prose": None}}])
+def test_a_beginning_from_which_no_sampler_goes_on_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    path = write_ledger(tmp_path, first=5) / "ledger/00000000.jsonl"
+    begin, *rows = map(json.loads, path.read_text("utf-8").splitlines())
+    begin["data"] |= change
+    path.write_text("".join(json.dumps(row) + "\n" for row in [begin, *rows]), "utf-8")
+    assert main(str(tmp_path / "run")) == 2
+    assert str(path.parent) in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_the_ledger_does_not_explain_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_ledger(tmp_path / "rewound", rewound=1, data__stages=STAGES)
     assert main(str(run)) == 1
