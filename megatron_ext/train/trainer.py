@@ -23,6 +23,7 @@ from megatron_ext.optim.state_change import StateChange, describe_changes
 from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning.worker import PlanSettings
+from megatron_ext.report.digests import DIGESTS_FILE
 from megatron_ext.train.banner import describe_run
 from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.cost_correction import CostCorrection
@@ -32,8 +33,9 @@ from megatron_ext.train.digests import build_digests
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
 from megatron_ext.train.events import start_event
-from megatron_ext.train.ledger import Ledger
+from megatron_ext.train.ledger import FOLDER, Ledger
 from megatron_ext.train.loss_weighting import build_loss_weighting
+from megatron_ext.train.metrics import METRICS_FILE
 from megatron_ext.train.needle_evaluation import NeedleEvaluation
 from megatron_ext.train.objective import check_same_objective, objective_state
 from megatron_ext.train.packs import PlannedPacks
@@ -93,6 +95,7 @@ class Trainer:
         self.branched = False
         with self.world.activity.within("load"):
             self.resumed_from = self._resume()
+        self.overwritten = _records_of_steps(self.run_dir) if self.resumed_from is None and self.world.is_main else []
         self.data_watch = DataWatch(setup.mixture, self.config.data.repeats_warned_at)
         self.planner = self._build_planner()
         self.needles = self._build_needles()
@@ -464,6 +467,14 @@ class Trainer:
         self.metrics.write("event", **start, **place, ranks=self.world.size, total_steps=self.total_steps)
         if self.resumed_from is not None:
             self.metrics.write("event", event="branch" if self.branched else "resume", **place, path=str(self.resumed_from))
+        if self.overwritten:
+            what = f"{', '.join(self.overwritten)} of an earlier run in {self.run_dir} begin anew; its events stay"
+            self._tell(DataEvent("overwrite", {"files": self.overwritten}, f"this run begins from nothing: {what}"))
+
+
+def _records_of_steps(run_dir: Path) -> list[str]:
+    """What an earlier run has written of its steps."""
+    return [name for name in (METRICS_FILE, DIGESTS_FILE, FOLDER) if (run_dir / name).exists()]
 
 
 def _versions() -> dict[str, str]:

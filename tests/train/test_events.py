@@ -100,3 +100,12 @@ def test_a_run_tells_its_starts_saves_and_end(run_ranks: RunRanks, tmp_path: Pat
     (tmp_path / "run" / "config.yaml").write_text("{}")
     run = read_run(tmp_path / "run")
     assert run.events == events and run.skipped == []
+
+
+def test_a_run_from_nothing_in_the_directory_of_another_says_what_it_overwrites(run_ranks: RunRanks, tmp_path: Path) -> None:
+    config = write_run(tmp_path, train__steps=2, logging__ledger=True, evaluation__tokens=64)
+    run_ranks(1, train, config)
+    assert "overwrite" not in dict(names(tmp_path / "run"))
+    run_ranks(1, train, config, ["checkpoint.resume=never"])
+    (event,) = (event for event in read_events(tmp_path / "run") if event.event == "overwrite")
+    assert event.step == 0 and event.details["files"] == ["metrics.jsonl", "ledger"]
