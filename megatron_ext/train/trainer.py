@@ -1,12 +1,10 @@
 """The loop: documents, plan, step, metrics; now and then evaluation and a checkpoint."""
 
 import base64
-import platform
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,16 @@ import torch
 
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.checkpoint.save import CheckpointWriter
-from megatron_ext.config import Change, changes, settings, total_steps
+from megatron_ext.config import changes, settings, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.data.loss_weights import LossWeights, total_weight
-from megatron_ext.errors import ConfigError, StorageError, TrainingError
+from megatron_ext.errors import StorageError, TrainingError
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.optim.state_change import StateChange, describe_changes
-from megatron_ext.parallel.device import describe, peak_memory_bytes, synchronize
+from megatron_ext.parallel.device import peak_memory_bytes, synchronize
 from megatron_ext.parallel.grid import Grid
 from megatron_ext.planning.worker import PlanSettings
-from megatron_ext.report.digests import DIGESTS_FILE
-from megatron_ext.train.banner import describe_run
+from megatron_ext.train.beginning import Beginning, check_branch, from_nothing, introduce, versions
 from megatron_ext.train.build import Setup, build_engine, build_model
 from megatron_ext.train.cost_correction import CostCorrection
 from megatron_ext.train.costs import cost_model
@@ -32,10 +29,8 @@ from megatron_ext.train.data_events import DataEvent, DataWatch
 from megatron_ext.train.digests import build_digests
 from megatron_ext.train.engine import StepResult
 from megatron_ext.train.evaluation import evaluate
-from megatron_ext.train.events import start_event
-from megatron_ext.train.ledger import FOLDER, Ledger
+from megatron_ext.train.ledger import Ledger
 from megatron_ext.train.loss_weighting import build_loss_weighting
-from megatron_ext.train.metrics import METRICS_FILE
 from megatron_ext.train.needle_evaluation import NeedleEvaluation
 from megatron_ext.train.objective import check_same_objective, objective_state
 from megatron_ext.train.packs import PlannedPacks
@@ -78,6 +73,7 @@ class Trainer:
         self.stop = StopRequest(self.run_dir)
         check_same_data(setup.mixture, self.world)
         self.model, self.chosen = build_model(setup, grid)
+        self.dtype = next(self.model.parameters()).dtype
         assert self.model.precision is not None, "build_model gives it"
         self.precision = self.model.precision
         self.distillation = build_distillation(self.config, self.model, list(self.tokens_by_source), grid)
@@ -86,16 +82,12 @@ class Trainer:
         self.objective = objective_state(self.config, setup.loss_weights)
         self.loss_weighting = build_loss_weighting(self.config, list(self.tokens_by_source), self.engine)
         self.probes = build_probes(self.config, self.model, grid, self.optimizer)
-        self.cost, why_cost = cost_model(setup, grid.shape, self.world.device, next(self.model.parameters()).dtype)
+        self.cost, why_cost = cost_model(setup, grid.shape, self.world.device, self.dtype)
         if self.config.planning.policy != "data_parallel":
             self.chosen["costs"] = why_cost
         self.correction = CostCorrection(self.cost)
-        self.state_changes: list[str] = []
-        self.overrides: list[Change] = []
-        self.branched = False
         with self.world.activity.within("load"):
-            self.resumed_from = self._resume()
-        self.overwritten = _records_of_steps(self.run_dir) if self.resumed_from is None and self.world.is_main else []
+            self.beginning = self._resume()
         self.data_watch = DataWatch(setup.mixture, self.config.data.repeats_warned_at)
         self.planner = self._build_planner()
         self.needles = self._build_needles()
@@ -108,7 +100,7 @@ class Trainer:
         checkpoints = CheckpointWriter(
             self.run_dir / CHECKPOINTS,
             grid,
-            setup.hf_config(next(self.model.parameters()).dtype),
+            setup.hf_config(self.dtype),
             setup.copy_tokenizer,
             self.config.checkpoint.keep_last,
             int(self.config.checkpoint.max_shard_gib * 2**30),
@@ -116,7 +108,7 @@ class Trainer:
             lock.confirm if lock else lambda: None,
             self._flush_records,
         )
-        self.saving = Saving(checkpoints, self.config.checkpoint, self.metrics, self.console, self.resumed_from)
+        self.saving = Saving(checkpoints, self.config.checkpoint, self.metrics, self.console, self.beginning.checkpoint)
 
     def _build_planner(self) -> StepPlanner:
         options, data = self.config.planning, self.setup.mixture
@@ -153,9 +145,9 @@ class Trainer:
         self.engine.close()
 
     def _train(self) -> None:
-        self._introduce()
+        introduce(self.recorder, self.beginning, self.setup, self.grid, self.dtype, self.chosen, self.step, self.tokens)
         saved = self.step
-        if self.step == 0 or self.branched:
+        if self.step == 0 or self.beginning.branched:
             self._evaluate()
             self._find_needles()
         self.console.start_clock()
@@ -178,7 +170,7 @@ class Trainer:
             self.recorder.forgotten([name for name, tokens in self.tokens_by_source.items() if tokens])
             self.metrics.write("event", event="finish", step=self.step, tokens=self.tokens)
             # A run without a step to train stays with the checkpoint, which may be another run's, that it was to go on from.
-            place = self.saving.newest() or self.resumed_from
+            place = self.saving.newest() or self.beginning.checkpoint
             assert place is not None, "a run has a step"
             self.console.say(f"finished: step {saved} is in {place.parent}")
 
@@ -388,30 +380,22 @@ class Trainer:
             "routes": self.setup.routes,
             "precision": self.precision.saved(),
             "objective": self.objective,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
-    def _resume(self) -> Path | None:
-        """Continue from the checkpoint that the configuration names; None if the run begins."""
+    def _resume(self) -> Beginning:
+        """Continue from the checkpoint that the configuration names, if there is one."""
         options = self.config.checkpoint
         path = find_checkpoint(self.run_dir / CHECKPOINTS, options.resume, options.branch_from, self.world.activity.move)
         if path is None:
-            return None
+            return from_nothing(self.run_dir) if self.world.is_main else Beginning()
         state = verify(path, self.world)
-        self.branched = options.branch_from is not None and path == Path(options.branch_from)
-        if self.branched and state["step"] >= self.total_steps:
-            raise ConfigError(
-                f"train.steps: {self.total_steps}; accepted: more than the {state['step']} steps of {path}, which the run branches off"
-            )
-        if self.branched and self.config.distillation is not None and self.config.distillation.factor(state["step"] + 1) == 0:
-            raise ConfigError(
-                f"distillation.decay_steps: {self.config.distillation.decay_steps}; accepted: null, or more than the {state['step']} steps "
-                f"of {path}, which the run branches off and which count"
-            )
-        self.overrides = changes(state.get("settings", {}), settings(self.config))
-        check_same_objective(state.get("objective"), self.objective, self.config.checkpoint.allow_changed_data)
-        self.state_changes = describe_changes(self._restore(path, state))
-        return path
+        branched = options.branch_from is not None and path == Path(options.branch_from)
+        if branched:
+            check_branch(self.config, path, state["step"])
+        check_same_objective(state.get("objective"), self.objective, options.allow_changed_data)
+        overrides = changes(state.get("settings", {}), settings(self.config))
+        return Beginning(path, branched, tuple(overrides), tuple(describe_changes(self._restore(path, state))))
 
     def _restore(self, path: Path, state: dict[str, Any]) -> list[StateChange]:
         """Stand where the checkpoint ``path`` with this state was saved; returns what of the optimizer could not be kept."""
@@ -426,56 +410,3 @@ class Trainer:
         self.precision.load(state.get("precision"))
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
         return changes
-
-    def _introduce(self) -> None:
-        """Print the banner and write the start record."""
-        setup = self.setup
-        entropy = {each.name: each.unigram_entropy() for each in setup.validation} if self.world.is_main else {}
-        banner = {
-            **describe_run(setup, self.grid, next(self.model.parameters()).dtype),
-            **self.chosen,
-            **({"unigram entropy": ", ".join(f"{name} {value:.3f}" for name, value in entropy.items())} if entropy else {}),
-            **({"branched from" if self.branched else "resumed from": str(self.resumed_from)} if self.resumed_from else {}),
-            **({"changed": "; ".join(map(str, self.overrides))} if self.overrides else {}),
-            **({"optimizer state": "; ".join(self.state_changes)} if self.state_changes else {}),
-        }
-        record = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "ranks": self.grid.shape.size,
-            "grid": asdict(self.grid.shape),
-            "parameters": setup.model.num_parameters(),
-            "total_steps": self.total_steps,
-            "tokens_per_step": self.config.data.tokens_per_step,
-            "device": describe(self.world.device),
-            "dtype": self.chosen["dtype"].split()[0],
-            "branched_from": str(self.resumed_from) if self.branched else None,
-            "attention": self.chosen["attention"].split()[0],
-            "unigram_entropy": entropy,
-            "versions": _versions(),
-        }
-        self.recorder.start(banner, record)
-        self._tell_start()
-        if self.state_changes:
-            self.metrics.write("event", event="state_change", step=self.step, changes=self.state_changes)
-        if self.overrides:
-            self.metrics.write("event", event="override", step=self.step, changes={key: [old, new] for key, old, new in self.overrides})
-
-    def _tell_start(self) -> None:
-        place = {"step": self.step, "tokens": self.tokens}
-        start = self.world.on_main(start_event(self.run_dir) if self.world.is_main else None)
-        self.metrics.write("event", **start, **place, ranks=self.world.size, total_steps=self.total_steps)
-        if self.resumed_from is not None:
-            self.metrics.write("event", event="branch" if self.branched else "resume", **place, path=str(self.resumed_from))
-        if self.overwritten:
-            what = f"{', '.join(self.overwritten)} of an earlier run in {self.run_dir} begin anew; its events stay"
-            self._tell(DataEvent("overwrite", {"files": self.overwritten}, f"this run begins from nothing: {what}"))
-
-
-def _records_of_steps(run_dir: Path) -> list[str]:
-    """What an earlier run has written of its steps."""
-    return [name for name in (METRICS_FILE, DIGESTS_FILE, FOLDER) if (run_dir / name).exists()]
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in ("megatron_ext", "torch", "deepspeed")}}
