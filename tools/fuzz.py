@@ -61,8 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(failure, file=sys.stderr, flush=True)
         failed += len(tally.failures)
     if options.report is not None:
-        options.report.write_text("\n".join(lines) + "\n", "utf-8")
+        options.report.write_text("\n".join([*_heading(options), *lines]) + "\n", "utf-8")
     return int(failed > 0)
+
+
+def _heading(options: argparse.Namespace) -> list[str]:
+    command = f"python tools/fuzz.py --cases {options.cases} --seed {options.seed} --first {options.first}"
+    what = "each case spoils a valid file and reads it, which must load, or be refused by a named error in words that name the file."
+    return ["# Spoilt files", "", f"`{command}`: {what}", ""]
 
 
 def _parser() -> argparse.ArgumentParser:
