@@ -77,6 +77,7 @@ setup(
             "scipy>=1.11,<2",
             "triton>=3.3,<4; platform_system == 'Linux'",
             "ruff>=0.9,<1",
+            "wandb>=0.18,<1",
         ],
         "cuda": ["flash-attn>=2.7,<3"],
         "eval": ["lm-eval>=0.4.8,<0.5"],
