@@ -77,7 +77,7 @@ from megatron_ext.model.gpt import GPT
 saved = f"{folder}/run/checkpoints/step_00000003"
 load_hf_weights(GPT(load_hf_config(saved)), saved)
 code = tools.convert_checkpoint.main(["import", saved, f"{folder}/imported"])
-print("DONE", code, json.dumps(sorted(set(opened))))
+print("DONE", code, json.dumps(sorted(set(opened))), flush=True)
 os._exit(0)
 """
 

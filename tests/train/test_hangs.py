@@ -138,7 +138,7 @@ def test_the_rank_that_holds_the_others_up_is_named(
         assert "in broadcast (world of ranks 0, 1, 2" in what and "ranks 0, 2: step 4, exchange, in all_reduce (dp of ranks 0, 1, 2" in what
         assert "rank 1 stands here (step 5, plan, in broadcast" in errors and "in from_main" in errors
     if fault == "stop":
-        assert re.search(r"s\): step [1-4], ", what), "what its last beat said, which is older on a busy machine"
+        assert re.search(r"s\): step [0-4], ", what), "what its last beat said, which is older than steps of milliseconds"
         return
     for rank, function in enumerate(["all_reduce", "dawdle" if fault == "data" else "from_main", "all_reduce"]):
         lines = [json.loads(line) for line in log_path(tmp_path / "run", rank).read_text("utf-8").splitlines()]
