@@ -1,10 +1,9 @@
 """What a person sees of a run: a banner, then one aligned line a log step."""
 
-import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 
 class Console:
@@ -25,8 +24,7 @@ class Console:
     def say(self, text: str) -> None:
         """One line at once, also into a pipe."""
         if self._active:
-            print(text, flush=True)
-            sys.stdout.flush()
+            say(text)
 
     def banner(self, rows: Mapping[str, str]) -> None:
         """Names and values, aligned."""
@@ -57,3 +55,11 @@ class Console:
             + (f" | went back {record['rollbacks']}" if record.get("rollbacks") else "")
         )
         self.start_clock()
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line at once, on the standard output or on ``stream``. A screen that is full or gone must not end a run."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        return

@@ -54,8 +54,11 @@ class RecordHandler(logging.Handler):
         self._file = file
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append the record."""
-        self._file.write_line(self.format(record))
+        """Append the record. What cannot be logged must not end what logs it."""
+        try:
+            self._file.write_line(self.format(record))
+        except Exception:
+            self.handleError(record)
 
 
 class RankLog:

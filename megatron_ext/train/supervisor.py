@@ -12,6 +12,7 @@ from megatron_ext.checkpoint.directory import LATEST
 from megatron_ext.config import RunConfig, load_config
 from megatron_ext.errors import ConfigError
 from megatron_ext.train.build import prepare, run_shape
+from megatron_ext.train.console import say
 from megatron_ext.train.elastic_grid import RULE, Layout, choose_grid
 from megatron_ext.train.file_lock import FileLock, Owner
 from megatron_ext.train.forking import ForkedRun
@@ -20,7 +21,7 @@ from megatron_ext.train.metrics import METRICS_FILE
 from megatron_ext.train.started_run import StartedRun
 from megatron_ext.train.stopping import STOP_FILE, request_stop
 from megatron_ext.train.supervision import Attempt, Failure, Limits, blame, lost_hosts, pause, pauses, verdict
-from megatron_ext.train.supervisor_log import SupervisorLog, last_step, say
+from megatron_ext.train.supervisor_log import SupervisorLog, last_step
 from megatron_ext.train.trainer import CHECKPOINTS
 
 LOCK_FILE = "supervisor_lock.json"

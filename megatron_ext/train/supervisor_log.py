@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_ext.errors import StorageError
 from megatron_ext.json_text import parse_json
+from megatron_ext.train.console import say
 from megatron_ext.train.record_file import RecordFile
 
 LOG_FILE = "supervisor.jsonl"
@@ -35,14 +36,6 @@ class SupervisorLog:
         if message not in self._said:
             self._said.add(message)
             say(f"supervisor: {message}")
-
-
-def say(line: str) -> None:
-    """Print a line. A console that is full or gone must not end a run."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        return
 
 
 def last_step(metrics: Path, tell: Callable[[str], None] = say) -> int:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ext.errors import StorageError
 from megatron_ext.parallel.world import World
 from megatron_ext.train.metrics import MetricsWriter
 from megatron_ext.train.rank_log import RankLog, log_path
+from megatron_ext.train.record_file import RecordFile
 
 
 def lines(run_dir: Path, rank: int) -> list[dict[str, Any]]:
@@ -76,7 +78,16 @@ def test_what_could_not_be_logged_is_told_and_hides_no_error(tmp_path: Path, cap
     with pytest.raises(ZeroDivisionError), RankLog(tmp_path, rank(0)):
         _ = 1 / 0
     told = f"{log_path(tmp_path, 0)} cannot be written: Is a directory; records that wait in memory: 1"
-    assert capsys.readouterr().err == f"{told}. They are tried again with every further one\n{told}, and they are lost\n"
+    assert capsys.readouterr().err == f"{told}. They are tried again\n{told}, and they are lost\n"
+
+
+def test_what_cannot_be_logged_does_not_end_what_logs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: RecordFile, line: str) -> None:
+        raise StorageError("more waits than there is memory for")
+
+    monkeypatch.setattr(RecordFile, "write_line", broken)
+    with RankLog(tmp_path, rank(0)):
+        logging.getLogger("megatron_ext.x").error("the run goes on")
 
 
 def test_events_are_in_the_logs_of_all_ranks_and_later_runs_append(tmp_path: Path) -> None:
