@@ -20,6 +20,7 @@ from types import TracebackType
 from megatron_ext.atomic_io import write_json
 from megatron_ext.errors import ConfigError
 from megatron_ext.json_text import parse_json
+from megatron_ext.report.status import boot, process_start
 
 TOUCH_SECONDS = 3.0
 SILENT_SECONDS = 30.0
@@ -32,7 +33,7 @@ class Owner:
 
     host: str
     machine: str
-    """What must be the same for ``pid`` to mean the same: the start of the kernel and the name space of processes."""
+    """What must be the same for ``pid`` to mean the same: the start of the kernel and the name space of processes; empty if unknown."""
     pid: int
     started: str
     """When the process was started, in ticks of the kernel since its own start: numbers of processes are used again."""
@@ -44,7 +45,8 @@ class Owner:
     def me(cls) -> "Owner":
         """This process."""
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        return cls(socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()) or "", since, secrets.token_hex(8))
+        started = process_start(os.getpid())
+        return cls(socket.gethostname(), boot() or "", os.getpid(), str(started or ""), since, secrets.token_hex(8))
 
     def __str__(self) -> str:
         return f"process {self.pid} on host {self.host} since {self.since}"
@@ -197,8 +199,9 @@ def _read(path: Path) -> Owner | None:
 
 def _lives(owner: Owner, path: Path, silent_seconds: float) -> bool:
     """Whether the owner of a lock lives, as far as can be seen from here."""
-    if owner.machine and owner.machine == _machine():
-        return owner.started == _started(owner.pid)
+    if owner.machine and owner.machine == boot():
+        started = process_start(owner.pid)
+        return started is not None and owner.started == str(started)
     print(f"{path} is of {owner}: watching for {silent_seconds:.0f} s whether that lives", flush=True)
     end, before = time.monotonic() + silent_seconds, _touched(path)
     while time.monotonic() < end:
@@ -215,20 +218,3 @@ def _touched(path: Path) -> int | None:
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
-
-
-def _machine() -> str:
-    """Empty where the kernel does not say."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str | None:
-    """When a process was started, in ticks of the kernel; None if there is none, or nothing of it is left but its number."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
