@@ -21,6 +21,7 @@ from megatron_ext.atomic_io import write_json
 from megatron_ext.errors import ConfigError
 from megatron_ext.json_text import parse_json
 from megatron_ext.report.status import boot, process_start
+from megatron_ext.train.supervisor_log import say
 
 TOUCH_SECONDS = 3.0
 SILENT_SECONDS = 30.0
@@ -91,15 +92,19 @@ class FileLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ending.set()
-        if self.holds():
-            self.path.unlink(missing_ok=True)
+        try:
+            if self.holds():
+                self.path.unlink(missing_ok=True)
+        except OSError as away:
+            # No reason to call failed what ended well, or to hide why it did not: a lock of a process that is gone keeps nobody out.
+            say(f"{self.path} cannot be removed: {away.strerror}; who comes next takes it over once this process has ended")
 
     def holds(self) -> bool:
-        """Whether the lock is still this process's."""
+        """Whether the lock is still this process's. Raises OSError if it cannot be read."""
         return self.owner() == self._owner
 
     def owner(self) -> Owner | None:
-        """Who holds it; None if nobody does, or the file names nobody."""
+        """Who holds it; None if nobody does, or the file names nobody. Raises OSError if it cannot be read."""
         return _owner(self.path)
 
     def _acquire(self) -> None:

@@ -136,9 +136,18 @@ class Supervisor:
         """Why the run is not to be started again after it failed; None if it is."""
         if self.signals.count:
             return "it was asked to stop"
-        if not self._lock.holds():
+        return self._lost_lock() or verdict(self.attempts, self.what.limits)
+
+    def _lost_lock(self) -> str | None:
+        """Whose the lock is, if it is known to be no longer this supervisor's."""
+        try:
+            if self._lock.holds():
+                return None
             return f"{self._lock.path} is no longer this supervisor's, but of {self._lock.owner() or 'nobody'}"
-        return verdict(self.attempts, self.what.limits)
+        except OSError as error:
+            # What keeps the lock from being read may be what made the run fail, and is what a supervisor is there to outlast.
+            self.log.once(f"{self._lock.path} cannot be read: {error.strerror}; it counts as still this supervisor's")
+            return None
 
     def _pause(self) -> str | None:
         """Give what made the run fail time to end, if there is no new checkpoint; returns why the run is not to be started then."""

@@ -72,6 +72,22 @@ def test_the_end_of_a_run_frees_the_directory_also_by_an_error(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", ["read_bytes", "unlink"])
+def test_a_file_system_that_is_away_at_the_end_of_a_run_does_not_make_it_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    def fail(path: Path, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch, RunLock(tmp_path, ALONE):
+        patch.setattr(Path, method, fail)
+    assert f"{tmp_path / LOCK_FILE} cannot be removed: Stale file handle; who comes next takes it over" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    with pytest.raises(KeyError), monkeypatch.context() as patch, RunLock(tmp_path / "other", ALONE):
+        patch.setattr(Path, method, fail)
+        raise KeyError
+
+
 def test_a_process_that_was_given_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path: Path) -> None:
     write_json(tmp_path / LOCK_FILE, asdict(replace(Owner.me(), started="1")))
     with RunLock(tmp_path, ALONE) as lock:

@@ -1,15 +1,18 @@
 """When a supervisor waits, and for how long, without a moment of waiting."""
 
+import errno
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_ext.atomic_io import write_json
+from megatron_ext.train.file_lock import Owner
 from megatron_ext.train.launching import RemoteShell
 from megatron_ext.train.supervision import Failure, Limits
 from megatron_ext.train.supervisor import Clock, Supervised, Supervisor
@@ -97,6 +100,33 @@ def test_restarts_that_bring_nothing_wait_longer_each_time(tmp_path: Path, monke
     code, events = run(tmp_path, hosts, Limits(pause=5, stuck=3), 3, monkeypatch)
     assert code == 0 and hosts.time.now == 35.0
     assert [event["seconds"] for event in events if event["event"] == "pause"] == [5, 10, 20]
+
+
+def test_an_outage_that_hides_the_lock_too_is_outlasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, read = tmp_path / "run" / "supervisor_lock.json", Path.read_bytes
+    hosts = Hosts(time=FakeTime())
+
+    def read_once_it_is_back(file: Path) -> bytes:
+        if file == path and hosts.time.now < 10:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", read_once_it_is_back)
+    code, events = run(tmp_path, hosts, Limits(pause=5, stuck=3), 3, monkeypatch)
+    assert code == 0 and [event["event"] for event in events].count("restart") == 3
+    assert capsys.readouterr().out.count(f"{path} cannot be read: Input/output error; it counts as still this supervisor's") == 1
+    assert not path.exists()
+
+
+def test_a_lock_of_another_supervisor_is_a_reason_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run" / "supervisor_lock.json"
+    other = replace(Owner.me(), host="far")
+    hosts = Hosts(time=FakeTime(during=lambda: write_json(path, asdict(other))))
+    code, events = run(tmp_path, hosts, Limits(pause=5, stuck=3), 1, monkeypatch)
+    assert code == 1 and events[-1]["event"] == "give_up"
+    assert events[-1]["reason"] == f"{path} is no longer this supervisor's, but of {other}"
 
 
 def test_sigterm_in_a_pause_is_no_reason_to_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
