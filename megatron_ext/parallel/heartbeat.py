@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron_ext.parallel.world import World
 VERDICT = "verdict"
 GRACE_SECONDS = 1.0
 """How long the others wait before they speak, so that the failing rank's own traceback comes first."""
+LAST_WORDS_SECONDS = 30.0
+"""How long a rank that is to end may take to say why."""
 STACK_LINES = 24
 """The last of a stack that are printed; the rank's log has all."""
 
@@ -160,24 +163,46 @@ class Heartbeat:
             self._store.set(VERDICT, json.dumps(verdict))
 
     def _end(self, verdict: dict[str, Any]) -> None:
+        """Say why, as far as it can be said, and end the process; also if the disk is full, the console gone, or a write never returns."""
+        deadline = threading.Timer(LAST_WORDS_SECONDS, os._exit, (1,))
+        deadline.daemon = True
+        _attempt(deadline.start)
         if "ranks" in verdict:
-            self._show_stack(verdict)
+            _attempt(self._log_stack, verdict)
+            _attempt(self._print_stack, verdict)
         if self._ending.wait(GRACE_SECONDS):
+            deadline.cancel()
             return
+        try:
+            _attempt(self._tell_event, verdict)
+            _attempt(self._print_verdict, verdict)
+            _attempt(sys.stdout.flush)
+        finally:
+            os._exit(1)
+
+    def _log_stack(self, verdict: dict[str, Any]) -> None:
+        """Log where this rank stands."""
+        logging.getLogger(__name__).error(self._describe(verdict), extra={"details": {"stack": self._stack()}})
+
+    def _print_stack(self, verdict: dict[str, Any]) -> None:
+        """Print where this rank stands, if the others wait for it."""
+        if self._world.rank in verdict["ranks"]:
+            last = "\n".join(self._stack()[-STACK_LINES:])
+            print(f"rank {self._world.rank} stands here ({self._world.activity.now}):\n{last}", file=sys.stderr, flush=True)
+
+    def _stack(self) -> list[str]:
+        """Lines of the stack of the thread that trains."""
+        return "".join(traceback.format_stack(sys._current_frames()[self._trains])).splitlines()
+
+    def _tell_event(self, verdict: dict[str, Any]) -> None:
+        """Let the run know what ended it; one rank does."""
         if self._tell is not None and "event" in verdict and self._world.rank == int(verdict["rank"] == 0):
             self._tell(verdict["event"], {key: verdict[key] for key in ("rank", "ranks", "what")} | {"host": self._hosts[verdict["rank"]]})
+
+    def _print_verdict(self, verdict: dict[str, Any]) -> None:
+        """Print what ended the run; one rank of each host does."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(self._describe(verdict), file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
-
-    def _show_stack(self, verdict: dict[str, Any]) -> None:
-        """Log where this rank stands; print it too if the others wait for this rank."""
-        stack = "".join(traceback.format_stack(sys._current_frames()[self._trains]))
-        logging.getLogger(__name__).error(self._describe(verdict), extra={"details": {"stack": stack.splitlines()}})
-        if self._world.rank in verdict["ranks"]:
-            last = "\n".join(stack.splitlines()[-STACK_LINES:])
-            print(f"rank {self._world.rank} stands here ({self._world.activity.now}):\n{last}", file=sys.stderr, flush=True)
 
     def _describe(self, verdict: dict[str, Any]) -> str:
         rank, me = verdict["rank"], self._world.rank
@@ -190,6 +215,15 @@ class Heartbeat:
 
 def _beat_key(rank: int) -> str:
     return f"beat/{rank}"
+
+
+def _attempt(action: Callable[..., None], *arguments: Any) -> None:
+    """Do what may fail, and say so where anything can still be said."""
+    try:
+        action(*arguments)
+    except Exception:
+        with suppress(Exception):
+            traceback.print_exc()
 
 
 def _torch_collective(thread: int) -> str:

@@ -19,6 +19,7 @@ from tests.distributed import RunRanks
 SCRIPT = """
 import os, sys, time, signal
 import torch, torch.distributed as dist
+from megatron_ext.parallel import heartbeat as module
 from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.world import World
 what, watched = sys.argv[1], sys.argv[2] == "watched"
@@ -27,6 +28,21 @@ dist.init_process_group("gloo", rank=rank, world_size=size)
 world = World(rank, size, torch.device("cpu"))
 heartbeat = Heartbeat(world, 3.0) if watched else None
 victim = 0 if what.endswith("0") else size - 1
+if "full" in sys.argv and rank != victim:
+    sys.stdout = sys.stderr = open("/dev/full", "w")
+if "closed" in sys.argv:
+    sys.stderr.close()
+if "blocked" in sys.argv:
+    # A pipe that nobody reads, and that has no room left.
+    module.LAST_WORDS_SECONDS = 3.0
+    _, full = os.pipe()
+    os.set_blocking(full, False)
+    try:
+        while True:
+            os.write(full, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(full, True)
+    sys.stderr = os.fdopen(full, "w")
 try:
     if what == "end":
         if "frozen" in sys.argv:
@@ -97,6 +113,15 @@ def test_a_rank_that_falls_silent_is_named_in_time(tmp_path: Path, what: str, vi
         assert code == 1
         assert f"rank {victim} on host" in errors
         assert ("cannot be reached" if victim == 0 else "has not been heard for") in errors
+
+
+@pytest.mark.parametrize("console", ["full", "closed", "blocked"])
+def test_a_rank_that_cannot_say_why_it_ends_still_ends(tmp_path: Path, console: str) -> None:
+    ranks = start(tmp_path, "stop", True, 2, console)
+    [(code, _)] = finish(ranks[:1], 20)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert code == 1
 
 
 def test_a_good_end_is_silent(tmp_path: Path) -> None:
