@@ -11,6 +11,7 @@ from megatron_ext.checkpoint.manifest import read_state
 from megatron_ext.config import RunConfig
 from megatron_ext.data.sampler import Sampler
 from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.report.events import STARTS, read_events
 from megatron_ext.train.ledger import FOLDER, Row, by_source, read_ledger
 from megatron_ext.train.ledger_coverage import Coverage, Decomposed, WholeDocuments
 from megatron_ext.train.sources import build_mixture
@@ -40,11 +41,11 @@ def check_ledger(run_dir: Path, config: RunConfig) -> LedgerReport:
     Four checks, independent of each other: steps follow each other without gap, also where the run went back; the documents of each step
     are those that a sampler gives that was never interrupted; without a sampler, by source every document that is not held out is read from
     its first token to its last before any is read again (with ``data.decomposition``, every piece before any of its length is); and the
-    newest checkpoint has the tokens of the rows up to its step, and stands where they end. Documents of skipped and passed over steps
-    are read, and their rows say that nothing was learned from them.
+    newest checkpoint, if the last start saved it or went on from it, has the tokens of the rows up to its step, and stands where they end.
+    Documents of skipped and passed over steps are read, and their rows say that nothing was learned from them.
 
     Raises:
-        DataError: there is no ledger, it has rows of skipped steps only, or a line is no row of one.
+        DataError: there is no ledger, it has rows of skipped steps only, or a line is no row of one, or no event in events.jsonl.
     """
     rows = read_ledger(run_dir)
     first = next((row for row in rows if row["kind"] == "begin"), None)
@@ -98,6 +99,10 @@ def _newest(run_dir: Path, begin: int, report: LedgerReport) -> dict[str, Any] |
         report.unchecked.append(f"{what}: {root} has none")
     elif state["step"] < begin:
         report.unchecked.append(f"{what}: {path} is of step {state['step']}, and the ledger begins after step {begin}")
+    elif (started := _unsaved_start(run_dir)) is not None and started < state["step"]:
+        report.unchecked.append(
+            f"{what}: {path} is of step {state['step']}, and the last start, which went on after step {started}, has not saved since"
+        )
     else:
         compared = (
             "step, place in the data and tokens" if begin == 0 else "step and place in the data; not its tokens, the ledger began later"
@@ -105,6 +110,12 @@ def _newest(run_dir: Path, begin: int, report: LedgerReport) -> dict[str, Any] |
         report.checked.append(f"the newest checkpoint stands where the ledger does: {path.name}, {compared}")
         return state
     return None
+
+
+def _unsaved_start(run_dir: Path) -> int | None:
+    """The step after which the last start went on, if no checkpoint was saved since: the rows are its own, the newest checkpoint is not."""
+    told = next((event for event in reversed(read_events(run_dir)) if event.event in (*STARTS, "save")), None)
+    return None if told is None or told.event == "save" else told.step
 
 
 class _Steps:

@@ -14,6 +14,7 @@ from megatron_ext.atomic_io import write_json
 from megatron_ext.checkpoint.manifest import read_state, seal
 from megatron_ext.config import load_config
 from megatron_ext.train.build import prepare
+from megatron_ext.train.events import append_event
 from megatron_ext.train.ledger import Ledger
 from megatron_ext.train.ledger_coverage import binary_pieces
 from tests.tools.loading import load_tool
@@ -137,6 +138,21 @@ def test_a_checkpoint_that_the_ledger_does_not_explain_is_found(tmp_path: Path, 
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
     assert main(str(run)) == 1
     assert f"the ledger ends after step {STEPS - 2}, the newest checkpoint is of step {STEPS}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_earlier_start_that_is_ahead_is_compared_with_no_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, checkpoint = run / "ledger/00000000.jsonl", run / f"checkpoints/step_{STEPS:08d}"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:11]))
+    for event, step in (("start", 0), ("save", STEPS), ("restart", 5)):
+        append_event(run, event, step=step)
+    assert main(str(run)) == 0
+    output = capsys.readouterr().out
+    went_on = f"{checkpoint} is of step {STEPS}, and the last start, which went on after step 5, has not saved since"
+    assert f"not checked: the newest checkpoint stands where the ledger does: {went_on}" in output and "no problem was found" in output
+    for event in ("save", "restart"):
+        append_event(run, event, step=STEPS)
+        assert main(str(run)) == 1, "rows of steps that are in the checkpoint are missing"
+        assert f"the ledger ends after step 10, the newest checkpoint is of step {STEPS}" in capsys.readouterr().out
 
 
 def returns(row: dict[str, Any], *numbers: int) -> list[dict[str, Any]]:
