@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_ext.errors import CheckpointError, NonFiniteError, StorageError
+from megatron_ext.parallel.world import World
 
 _ERRORS = {error.__name__: error for error in (CheckpointError, StorageError, NonFiniteError)}
 
@@ -23,18 +24,18 @@ class Attempt:
     seconds: float
 
 
-def attempt(action: Callable[[], Any]) -> Attempt:
-    """Run ``action`` and note its result, or how it failed."""
+def attempt(action: Callable[[], Any], what: str = "save the checkpoint") -> Attempt:
+    """Run ``action`` and note its result, or how it failed; ``what`` it does is for the message."""
     begin = time.perf_counter()
     result, kind, message, number = None, None, None, None
     try:
         result = action()
     except CheckpointError as error:
-        kind, message = type(error).__name__, f"cannot save the checkpoint: {error}"
+        kind, message = type(error).__name__, f"cannot {what}: {error}"
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
         kind = (StorageError if isinstance(error, OSError) else CheckpointError).__name__
-        message = f"cannot save the checkpoint: {type(error).__name__}: {error}"
+        message = f"cannot {what}: {type(error).__name__}: {error}"
     return Attempt(result, kind, message, number, time.perf_counter() - begin)
 
 
@@ -49,3 +50,15 @@ def failure(attempts: dict[str, Attempt]) -> CheckpointError | None:
     kinds = {each.error for each in failed.values()}
     kind = next(name for name in ("NonFiniteError", "CheckpointError", "StorageError") if name in kinds)
     return _ERRORS[kind]("; ".join(f"{who}: {each.message}" if who else str(each.message) for who, each in failed.items()))
+
+
+def do_on_main(world: World, action: Callable[[], Any], what: str) -> Any:
+    """Run ``action``, which speaks to no other rank, on rank 0 alone; returns its result, a JSON value. All ranks call it.
+
+    Raises:
+        CheckpointError: on all ranks, if it failed: that they cannot do ``what``, and why. A StorageError if nothing but storage failed.
+    """
+    outcome = Attempt(**world.on_main(asdict(attempt(action, what)) if world.is_main else None))
+    if error := failure({"": outcome}):
+        raise error
+    return outcome.result

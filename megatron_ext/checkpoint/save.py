@@ -13,7 +13,7 @@ import torch
 from megatron_ext.atomic_io import fsync_file, write_json
 from megatron_ext.checkpoint import hf
 from megatron_ext.checkpoint.amend import amend_state
-from megatron_ext.checkpoint.attempts import Attempt, attempt, failure
+from megatron_ext.checkpoint.attempts import Attempt, attempt, do_on_main, failure
 from megatron_ext.checkpoint.directory import Eviction, begin, keep_newest, plain_name, publish
 from megatron_ext.checkpoint.manifest import STATE_FILE, Entry, file_entry, seal
 from megatron_ext.checkpoint.optimizer_state import FOLDER, INDEX, OwnedFile, index_of, owned_file
@@ -161,13 +161,17 @@ class CheckpointWriter:
         return Saved(**{**outcome.result, "path": Path(outcome.result["path"]), "seconds": seconds})
 
     def amend(self, directory: Path, changes: Mapping[str, Any]) -> None:
-        """Replace values of the trainer's state in a saved checkpoint. All ranks call it; all raise CheckpointError if it fails."""
+        """Replace values of the trainer's state in a saved checkpoint, once the records that tell of the change are on disk.
+
+        All ranks call it; all raise CheckpointError if it fails.
+        """
 
         def amend() -> None:
             self.confirm()
+            self.flush_records()
             amend_state(directory, changes)
 
-        self._agree(attempt(amend) if self.world.is_main else None)
+        do_on_main(self.world, amend, "amend the checkpoint")
 
     @property
     def world(self) -> World:

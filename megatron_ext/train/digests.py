@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.attempts import do_on_main
 from megatron_ext.config import RunConfig
 from megatron_ext.data.corpus import Piece
 from megatron_ext.model.config import ModelConfig
@@ -64,7 +65,7 @@ class DigestWriter:
 
     def go_back(self, step: int) -> None:
         """The run goes on after ``step`` with what it has now; digests of later steps are dropped, which it computes again."""
-        self._file.go_back(step)
+        do_on_main(self._world, lambda: self._file.go_back(step), "go back")
         self._begin(step)
 
     def _begin(self, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext.checkpoint.attempts import do_on_main
 from megatron_ext.checkpoint.load import find_checkpoint, load_optimizer, verify
 from megatron_ext.checkpoint.save import CheckpointWriter
 from megatron_ext.config import changes, settings, total_steps
@@ -241,13 +242,12 @@ class Trainer:
             self._restore(checkpoint, verify(checkpoint, self.world))
         mixture = self.setup.mixture
         self.data_watch = DataWatch(mixture, self.config.data.repeats_warned_at)
-        self.metrics.go_back(self.step)
+        do_on_main(self.world, lambda: self.metrics.go_back(self.step), "go back")
         if self.digests is not None:
             self.digests.go_back(self.step)
-        self.ledger.begin(self.step, rollbacks, mixture.state_dict())
+        do_on_main(self.world, lambda: self.ledger.begin(self.step, rollbacks, mixture.state_dict()), "go back")
         for step in range(self.step + 1, last + 1):
             self.ledger.pass_over(self.step, rollbacks, step, mixture.take(self.config.data.tokens_per_step))
-        self.ledger.flush()
         self.guard.went_back(rollbacks + 1)
         self._tell(rollback_event(rollbacks, (self.step, last), (self.tokens, tokens), causes))
         for event in self.data_watch.look():

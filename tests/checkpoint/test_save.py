@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -224,6 +225,23 @@ def test_an_unknown_room_is_no_reason_to_hide_that_the_disk_is_full(tmp_path: Pa
     with mock.patch.object(shutil, "disk_usage", mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))):
         message, _ = fail_on_last_rank(ALONE, tmp_path, "write", OSError(errno.ENOSPC, "No space left on device"))
     assert "No space left on device" in message and f"{tmp_path} has an unknown room (Stale file handle)" in message
+
+
+def amend_on(world: World, root: Path) -> str:
+    """Save a step, then amend it while a record of rank 0 cannot be written; the error that this rank sees."""
+    model, optimizer = trained(world)
+    path = writer(root, world).save(1, weight_of(model), optimizer, {"tokens": 1}).path
+    flush = mock.Mock(side_effect=StorageError("events.jsonl cannot be written") if world.is_main else None)
+    with pytest.raises(StorageError) as caught:
+        replace(writer(root, world), flush_records=flush).amend(path, {"tokens": 2})
+    return str(caught.value)
+
+
+def test_a_checkpoint_is_not_amended_before_the_records_that_tell_of_it_are_written(run_ranks: RunRanks, tmp_path: Path) -> None:
+    assert run_ranks(2, amend_on, tmp_path) == ["cannot amend the checkpoint: events.jsonl cannot be written"] * 2
+    assert verify(tmp_path / "step_00000001", ALONE)["tokens"] == 1
+    writer(tmp_path).amend(tmp_path / "step_00000001", {"tokens": 2})
+    assert verify(tmp_path / "step_00000001", ALONE)["tokens"] == 2
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

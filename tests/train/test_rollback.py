@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import torch
 from megatron_ext.checkpoint.amend import amend_state
 from megatron_ext.config import load_config
 from megatron_ext.data.mixture import Mixture
-from megatron_ext.errors import TrainingError
+from megatron_ext.errors import StorageError, TrainingError
 from megatron_ext.parallel.world import World
 from megatron_ext.report.digests import first_difference, read_digests
 from megatron_ext.train.build import prepare
 from megatron_ext.train.ledger import read_ledger
 from megatron_ext.train.ledger_check import LedgerReport, check_ledger
+from megatron_ext.train.record_file import RecordFile
+from megatron_ext.train.trainer import Trainer
 from tests.distributed import RankError, RunRanks
 from tests.train.bad_steps import pieces_of_steps, train_badly
 from tests.train.test_skipping import events, same
@@ -123,6 +126,44 @@ def test_it_goes_back_only_so_often(run_ranks: RunRanks, tmp_path: Path) -> None
         run_ranks(1, train_badly, config, ["train.skip.rollback={skips: 1, most: 2}", "checkpoint.every=2"], (), (4, 5))
     assert {event["number"] for event in events(tmp_path, "rollback")} == {0, 1}
     assert [row["kind"] for row in read_ledger(tmp_path / "run")] == ["passed_over"] * 4 + ["skipped"]
+
+
+def go_back_without(world: World, config: Path, overrides: list[str], name: str) -> str:
+    """Train until the run goes back, while records of the file ``name`` cannot be flushed; the error that this rank sees."""
+    go_back, flush = Trainer._go_back, RecordFile.flush
+
+    def stuck(self: RecordFile) -> None:
+        if self._path.name == name:
+            raise StorageError(f"{name} cannot be written")
+        flush(self)
+
+    def go_back_stuck(self: Trainer, checkpoint: Path) -> None:
+        with mock.patch.object(RecordFile, "flush", stuck):
+            go_back(self, checkpoint)
+
+    with mock.patch.object(Trainer, "_go_back", go_back_stuck), pytest.raises(StorageError) as caught:
+        train_badly(world, config, overrides, (), (5, 6))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("metrics.jsonl", "go back"),
+        ("digests.jsonl", "go back"),
+        ("00000000.jsonl", "go back"),
+        ("events.jsonl", "amend the checkpoint"),
+    ],
+)
+def test_the_checkpoint_does_not_say_that_the_run_went_back_while_a_record_of_it_is_not_on_disk(
+    run_ranks: RunRanks, tmp_path: Path, name: str, what: str
+) -> None:
+    config = write_run(tmp_path, train__steps=9)
+    assert run_ranks(2, go_back_without, config, [*BACK, DIGESTS], name) == [f"cannot {what}: {name} cannot be written"] * 2
+    saved = state(tmp_path, 3)
+    assert saved["guard"]["rollbacks"] == 0
+    run_ranks(2, train, config, [*BACK, DIGESTS])
+    assert checked(tmp_path).problems == []
 
 
 def forgets(world: World, config: Path, overrides: list[str]) -> None:
