@@ -72,9 +72,11 @@ def check_undamaged(directory: Path, world: World | None = None) -> None:
     Raises:
         CheckpointError: names each file that is missing or not as it was saved.
     """
-    if not (directory / STATE_FILE).is_file():
+    world = world or World(0, 1, torch.device("cpu"))
+    # Hosts may have copies of their own: a rank whose copy lacks the file meets the others, and says so.
+    if not world.any((directory / STATE_FILE).is_file()):
         return
-    _, problems = _examine(directory, _of_model, world or World(0, 1, torch.device("cpu")))
+    _, problems = _examine(directory, _of_model, world)
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}. A model that was changed on purpose is taken without its {STATE_FILE}")
 

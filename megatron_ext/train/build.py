@@ -165,15 +165,18 @@ def build_grid(setup: Setup, world: World) -> Grid:
     return Grid(world, shape, kv_copies=max(1, shape.tp // setup.model.num_kv_heads))
 
 
-def build_model(setup: Setup, grid: Grid) -> tuple[GPT, dict[str, str]]:
-    """This rank's part of the model on its device with its first weights, and what was chosen for it and why, for the banner."""
+def build_model(setup: Setup, grid: Grid, resumes: bool = False) -> tuple[GPT, dict[str, str]]:
+    """This rank's part of the model on its device with its first weights, and what was chosen for it and why, for the banner.
+
+    ``resumes``: a checkpoint's weights take their place, so that ``model.init_from`` is not compared with its saved hashes.
+    """
     config, device = setup.config, grid.world.device
     dtype, why_dtype = choose_dtype(config.train.dtype, device)
     attention, why_attention = select_backend(config.model.attention, device, dtype, setup.model.head_dim)
     layers, why_layers = layers_per_stage(setup, grid)
     tp = TensorParallel(grid.tp, config.parallel.sequence_parallel_activations)
     max_logits = None if config.optimizer.qk_clip is None else MaxLogits(setup.model, device)
-    if config.model.init_from:
+    if config.model.init_from and not resumes:
         check_undamaged(Path(config.model.init_from), grid.world)
 
     def make() -> GPT:

@@ -73,7 +73,9 @@ class Trainer:
         self.ledger = Ledger(self.run_dir, list(self.tokens_by_source), self.world.is_main, self.config.logging.ledger)
         self.stop = StopRequest(self.run_dir)
         check_same_data(setup.mixture, self.world)
-        self.model, self.chosen = build_model(setup, grid)
+        options = self.config.checkpoint
+        checkpoint = find_checkpoint(self.run_dir / CHECKPOINTS, options.resume, options.branch_from, self.world.activity.move)
+        self.model, self.chosen = build_model(setup, grid, resumes=checkpoint is not None)
         self.dtype = next(self.model.parameters()).dtype
         assert self.model.precision is not None, "build_model gives it"
         self.precision = self.model.precision
@@ -88,7 +90,7 @@ class Trainer:
             self.chosen["costs"] = why_cost
         self.correction = CostCorrection(self.cost)
         with self.world.activity.within("load"):
-            self.beginning = self._resume()
+            self.beginning = self._resume(checkpoint)
         self.data_watch = DataWatch(setup.mixture, self.config.data.repeats_warned_at)
         self.planner = self._build_planner()
         self.needles = self._build_needles()
@@ -383,10 +385,9 @@ class Trainer:
             "versions": versions(),
         }
 
-    def _resume(self) -> Beginning:
-        """Continue from the checkpoint that the configuration names, if there is one."""
+    def _resume(self, path: Path | None) -> Beginning:
+        """Continue from the checkpoint ``path``, if there is one."""
         options = self.config.checkpoint
-        path = find_checkpoint(self.run_dir / CHECKPOINTS, options.resume, options.branch_from, self.world.activity.move)
         if path is None:
             return from_nothing(self.run_dir) if self.world.is_main else Beginning()
         state = verify(path, self.world)

@@ -1,5 +1,6 @@
 """Whatever reads the model of a run's checkpoint notices one byte that is not as it was saved."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,12 @@ import pytest
 
 from megatron_ext.checkpoint.load import check_undamaged
 from megatron_ext.errors import CheckpointError
+from megatron_ext.parallel.world import World
 from tests.distributed import RankError, RunRanks
 from tests.grids import ALONE
 from tests.tools.loading import load_tool
 from tests.train.test_positions import write_tokenizer
-from tests.train.tiny_run import train, write_run
+from tests.train.tiny_run import losses, train, write_run
 
 TOOLS = {
     "evaluate": ["--model", "MODEL", "--data", "x", "--output", "TMP/result.json"],
@@ -67,6 +69,35 @@ def test_runs_refuse_it_on_all_ranks(run_ranks: RunRanks, damaged: Path, tmp_pat
         run_ranks(2, train, config)
     (damaged / "trainer_state.json").unlink()
     run_ranks(2, train, config)
+
+
+def check_copy(world: World, folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        check_undamaged(folder / str(world.rank), world)
+    return str(caught.value)
+
+
+def test_all_ranks_refuse_a_copy_that_one_host_has_without_its_hashes(run_ranks: RunRanks, damaged: Path, tmp_path: Path) -> None:
+    flip(damaged / "model.safetensors")
+    for rank in range(2):
+        shutil.copytree(damaged, tmp_path / "copies" / str(rank))
+    missing = tmp_path / "copies" / "1" / "trainer_state.json"
+    missing.unlink()
+    first, second = run_ranks(2, check_copy, tmp_path / "copies")
+    assert first == second and f"{missing}: [Errno 2] No such file or directory" in first
+
+
+def test_a_run_that_resumes_needs_no_hashes_of_its_first_weights(run_ranks: RunRanks, damaged: Path, tmp_path: Path) -> None:
+    flip(damaged / "model.safetensors")
+    write_tokenizer(tmp_path / "tokenizer")
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "model": {"init_from": str(damaged)}, "checkpoint__every": 1}
+    config = write_run(tmp_path / "after", train__steps=2, **options)
+    run_ranks(1, train, config)
+    flip(damaged / "model.safetensors")
+    run_ranks(1, train, config, ["train.steps=3"])
+    assert sorted(losses(tmp_path / "after" / "run")) == [1, 2, 3]
+    with pytest.raises(RankError, match="model.safetensors is altered"):
+        run_ranks(1, train, config, ["checkpoint.resume=never"])
 
 
 def test_what_only_resuming_reads_is_no_part_of_the_model(damaged: Path) -> None:
