@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,14 @@ def _is_directory(path: Path) -> bool:
         return True
 
 
-def begin(root: Path, step: int) -> Path:
-    """An empty directory beside the final one. What an interrupted save left behind is removed where it can be.
+def begin(root: Path, step: int, moved: Callable[[], None] = lambda: None) -> Path:
+    """An empty directory beside the final one. What an interrupted save left behind is removed where it can be; ``moved`` as of ``remove``.
 
     Its name is new each time: ranks of a run that died may live on for seconds, and must not write into it.
     """
     make_directory(root)
     for leftover in _leftovers(root):
-        remove(leftover)
+        remove(leftover, moved)
     beside = root / f".{step_directory(root, step).name}.{secrets.token_hex(4)}.tmp"
     (beside / "optimizer").mkdir(parents=True)
     return beside
@@ -119,11 +120,11 @@ def latest(root: Path) -> Path | None:
     return next((path for path in saved_steps(root) if plain_name(path) == name), root / name)
 
 
-def keep_newest(root: Path, count: int, every: int | None = None) -> Eviction:
+def keep_newest(root: Path, count: int, every: int | None = None, moved: Callable[[], None] = lambda: None) -> Eviction:
     """Remove all but the ``count`` newest checkpoints up to the one that ``latest`` names, and leftovers.
 
     Later ones are of an attempt that was given up by resuming from an older checkpoint; the run replaces them as it gets there. Steps that
-    ``every`` divides stay. What cannot be removed is passed over.
+    ``every`` divides stay. What cannot be removed is passed over. ``moved`` as of ``remove``.
     """
     current = latest(root)
     old = [path for path in saved_steps(root) if current is None or step_of(path) <= step_of(current)][: -max(1, count)]
@@ -134,14 +135,21 @@ def keep_newest(root: Path, count: int, every: int | None = None) -> Eviction:
             removed.append(path)
         except OSError as error:
             problems.append(f"{path} cannot be removed: {error}")
-    problems += [problem for problem in map(remove, _leftovers(root)) if problem is not None]
+    problems += [problem for path in _leftovers(root) if (problem := remove(path, moved)) is not None]
     return Eviction(removed, problems)
 
 
-def remove(path: Path) -> str | None:
-    """Remove a file, a link and not what it leads to, or a directory with what is in it; returns what is wrong if that cannot be."""
+def remove(path: Path, moved: Callable[[], None]) -> str | None:
+    """Remove a file, a link and not what it leads to, or a directory with what is in it; returns what is wrong if that cannot be.
+
+    ``moved`` is called after each file of a directory: to remove a large one takes a slow file system seconds.
+    """
     try:
         if path.is_dir() and not path.is_symlink():
+            for folder, _, files in os.walk(path):
+                for file in files:
+                    os.unlink(os.path.join(folder, file))
+                    moved()
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -185,12 +185,12 @@ class CheckpointWriter:
     def _make_directory(self, step: int) -> str:
         self.confirm()
         self.flush_records()
-        return str(begin(self.root, step))
+        return str(begin(self.root, step, self.world.activity.move))
 
     def _evict(self) -> Eviction:
         """Remove what is not kept. The new checkpoint is in its place: whatever happens here is no failure of the save."""
         try:
-            return keep_newest(self.root, self.keep_last, self.keep_every)
+            return keep_newest(self.root, self.keep_last, self.keep_every, self.world.activity.move)
         except (OSError, CheckpointError) as error:
             return Eviction([], [f"{self.root}: {error}"])
 

@@ -178,6 +178,24 @@ def test_leftovers_that_are_links_or_files_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path / "root") == ["latest", "step_00000001", "step_00000002"] and (tmp_path / "elsewhere").exists()
 
 
+def test_every_file_that_is_removed_is_told_of(tmp_path: Path) -> None:
+    """Or a rank that removes a large checkpoint from a slow file system would look like one that hangs."""
+    save(tmp_path, 1)
+    for name in ("one", "optimizer/two", "optimizer/three"):
+        (tmp_path / "step_00000001" / name).write_text("", "utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step_00000001" / "link").symlink_to(tmp_path / "elsewhere")
+    save(tmp_path, 2)
+    moves: list[list[str]] = []
+    keep_newest(tmp_path, 1, moved=lambda: moves.append(names(tmp_path)))
+    assert len(moves) == 4 and all(any(name.endswith(".removed") for name in seen) for seen in moves)
+    assert names(tmp_path) == ["elsewhere", "latest", "step_00000002"]
+    (tmp_path / ".step_00000003.0.tmp").mkdir()
+    (tmp_path / ".step_00000003.0.tmp" / "file").write_text("", "utf-8")
+    begin(tmp_path, 3, lambda: moves.append(names(tmp_path)))
+    assert len(moves) == 5
+
+
 def test_what_cannot_be_removed_is_told_and_in_nobodys_way(tmp_path: Path) -> None:
     """One checkpoint cannot be renamed, one only renamed, and the one that is saved again cannot be removed; later all of them can."""
     rename, rmtree = os.rename, shutil.rmtree

@@ -227,6 +227,17 @@ def test_an_unknown_room_is_no_reason_to_hide_that_the_disk_is_full(tmp_path: Pa
     assert "No space left on device" in message and f"{tmp_path} has an unknown room (Stale file handle)" in message
 
 
+def test_every_file_of_an_older_checkpoint_that_is_removed_is_told_of(tmp_path: Path) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    model, optimizer = trained(world)
+    moves = [world.activity.moves]
+    for step in (1, 2):
+        saved = writer(tmp_path, world, keep_last=1).save(step, weight_of(model), optimizer, {})
+        moves.append(world.activity.moves)
+    files = [path for path in saved.path.rglob("*") if path.is_file()]
+    assert (moves[2] - moves[1]) - (moves[1] - moves[0]) == len(files) > 5
+
+
 def amend_on(world: World, root: Path) -> str:
     """Save a step, then amend it while a record of rank 0 cannot be written; the error that this rank sees."""
     model, optimizer = trained(world)
