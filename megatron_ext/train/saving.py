@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from megatron_ext.checkpoint.background import BackgroundSave
 from megatron_ext.checkpoint.options import CheckpointOptions
 from megatron_ext.checkpoint.save import CheckpointWriter, Saved, SavedOptimizer
-from megatron_ext.errors import StorageError
+from megatron_ext.errors import CheckpointError, StorageError
 from megatron_ext.train.console import Console
 from megatron_ext.train.metrics import MetricsWriter
 
@@ -84,19 +85,26 @@ class Saving:
         self._end(lambda pending: pending.wait())
         return self._newest
 
+    def end(self) -> None:
+        """Wait for a save in the background of a run that something else ends: its failure is said, and does not take that one's place."""
+        with suppress(CheckpointError):
+            self._end(lambda pending: pending.wait(), last=True)
+
     def amend(self, checkpoint: Path, changes: Mapping[str, Any]) -> None:
         """See ``CheckpointWriter``."""
         self._writer.amend(checkpoint, changes)
 
-    def _end(self, result: Callable[[BackgroundSave], Saved | None]) -> None:
+    def _end(self, result: Callable[[BackgroundSave], Saved | None], last: bool = False) -> None:
         if self._pending is None:
             return
         pending = self._pending
         try:
             saved = result(pending)
-        except StorageError as error:
+        except CheckpointError as error:
+            if not last and not isinstance(error, StorageError):
+                raise
             self._pending = None
-            self._failed(pending.step, error, last=False)
+            self._failed(pending.step, error, last)
             return
         if saved is not None:
             self._pending = None
@@ -115,7 +123,7 @@ class Saving:
             self._metrics.write("event", event="evict_failed", **at, error=problem)
             self._console.say(f"step {step}: {problem}. It is tried again after the next save")
 
-    def _failed(self, step: int, error: StorageError, last: bool) -> None:
+    def _failed(self, step: int, error: CheckpointError, last: bool) -> None:
         stops = last or self._options.on_failure == "stop"
         self._console.say(f"step {step}: {error}. The run {'stops' if stops else 'goes on, as checkpoint.on_failure says'}")
         self._metrics.write("event", event="save_failed", step=step, tokens=self._tokens, error=str(error))

@@ -2,7 +2,7 @@
 
 import base64
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron_ext.checkpoint.save import CheckpointWriter
 from megatron_ext.config import changes, settings, total_steps
 from megatron_ext.data.corpus import Piece
 from megatron_ext.data.loss_weights import LossWeights, total_weight
-from megatron_ext.errors import StorageError, TrainingError
+from megatron_ext.errors import TrainingError
 from megatron_ext.optim.schedules import learning_rate_factor
 from megatron_ext.optim.state_change import StateChange, describe_changes
 from megatron_ext.parallel.device import peak_memory_bytes, synchronize
@@ -135,9 +135,8 @@ class Trainer:
         try:
             self._train()
         except TrainingError:
-            # All ranks raise it after the same step, and what was saved before that is worth having. A failure of the save was said.
-            with suppress(StorageError):
-                self.saving.newest()
+            # All ranks raise it after the same step, and what was saved before that is worth having.
+            self.saving.end()
             # No rank ends, and lets others be killed, before rank 0 has told it.
             self.world.barrier()
             raise

@@ -209,13 +209,18 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure_of_a_save(
     assert run.kept() == [4] and not list(run.root.glob(".*"))
 
 
-def train_badly_while_saving(world: World, config: Path, overrides: list[str], disk_is_full: bool) -> None:
+FAILURES = {"disk full": OSError(errno.ENOSPC, "No space left on device"), "not finite": NonFiniteError("a weight is not finite")}
+
+
+def train_badly_while_saving(world: World, config: Path, overrides: list[str], failure: str | None) -> None:
     """The save after step 3 is written no sooner than bad steps end the run."""
     write, check, ended = OwnedFile.write, StepGuard.check, threading.Event()
 
     def late(self: OwnedFile, *arguments: Any) -> list[str]:
         assert ended.wait(60)
-        return full() if disk_is_full else write(self, *arguments)
+        if failure is not None:
+            raise FAILURES[failure]
+        return write(self, *arguments)
 
     def noted(self: StepGuard, has_checkpoint: bool) -> None:
         try:
@@ -228,15 +233,16 @@ def train_badly_while_saving(world: World, config: Path, overrides: list[str], d
         train_badly(world, config, overrides, (), (4, 5))
 
 
-@pytest.mark.parametrize("disk_is_full", [False, True])
-def test_a_run_that_bad_steps_end_keeps_what_it_was_saving(run_ranks: RunRanks, tmp_path: Path, disk_is_full: bool) -> None:
+@pytest.mark.parametrize("failure", [None, *FAILURES])
+def test_a_run_that_bad_steps_end_keeps_what_it_was_saving(run_ranks: RunRanks, tmp_path: Path, failure: str | None) -> None:
     config = write_run(tmp_path, checkpoint__asynchronous=True)
     with pytest.raises(RankError, match="TrainingError: skipped 2 steps in a row"):
-        run_ranks(2, train_badly_while_saving, config, ["train.skip.most_consecutive=2"], disk_is_full)
-    told = [(event.event, event.step) for event in read_events(tmp_path / "run") if event.event.startswith("save")]
-    assert told == [("save_failed" if disk_is_full else "save", 3)]
+        run_ranks(2, train_badly_while_saving, config, ["train.skip.most_consecutive=2"], failure)
+    (told,) = [event for event in read_events(tmp_path / "run") if event.event.startswith("save")]
+    assert (told.event, told.step) == ("save_failed" if failure else "save", 3)
+    assert failure is None or str(FAILURES[failure]) in told.details["error"]
     root = tmp_path / "run" / "checkpoints"
-    assert latest(root) == (None if disk_is_full else root / "step_00000003")
+    assert latest(root) == (None if failure else root / "step_00000003")
 
 
 def test_a_run_that_has_no_step_to_train_says_where_its_checkpoint_is(
