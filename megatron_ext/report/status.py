@@ -193,7 +193,7 @@ def boot() -> str | None:
 def process_start(pid: int) -> int | None:
     """When a process of this machine started, in ticks since the kernel did; None if there is none, or only what is left of one."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rsplit(")", 1)[1].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rsplit(")", 1)[1].split()
     except OSError:
         return None
     return None if state in "ZX" else int(fields[18])
