@@ -10,6 +10,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
 from megatron_ext.errors import ConfigError
+from megatron_ext.train.console import say
 
 
 class Monitors:
@@ -39,9 +40,7 @@ class Monitors:
         except OSError as error:
             # Their writers end for good with the first error; what they would show is in metrics.jsonl.
             self._broken = True
-            print(
-                f"monitors cannot be written: {error}. They get no more of this run; metrics.jsonl has it all", file=sys.stderr, flush=True
-            )
+            say(f"monitors cannot be written: {error}. They get no more of this run; metrics.jsonl has it all", sys.stderr)
 
 
 def check_monitors(config: dict[str, Any]) -> None:

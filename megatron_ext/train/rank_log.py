@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from megatron_ext.errors import StorageError
 from megatron_ext.parallel.world import World
+from megatron_ext.train.console import say
 from megatron_ext.train.record_file import RecordFile
 
 LOGS = "logs"
@@ -100,7 +101,7 @@ class RankLog:
             self._file.flush()
         except StorageError as failed:
             # The run has ended, and an error that it ended by must not be hidden.
-            print(f"{failed}, and they are lost", file=sys.stderr, flush=True)
+            say(f"{failed}, and they are lost", sys.stderr)
 
 
 def log_path(run_dir: Path, rank: int) -> Path:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,13 +99,9 @@ class RecordFile:
 
     def _append_waiting(self) -> None:
         """Write records in their order as far as there is room. A file of this process alone stays open."""
-        if self._file is None:
-            make_directory(self._path.parent)
-            self._file = open(self._path, "ab+", buffering=0)  # noqa: SIM115 - open until it is flushed
-            if self._shared:
-                _lock(self._file.fileno())
-            _remove_torn_line(self._file.fileno())
         try:
+            if self._file is None:
+                self._file = self._open()
             while self._waiting:
                 _append_whole(self._file.fileno(), self._waiting[0])
                 self._bytes -= len(self._waiting.popleft())
@@ -116,6 +112,17 @@ class RecordFile:
             raise
         if self._shared:
             self.close()
+
+    def _open(self) -> IO[bytes]:
+        """The file, which ends with a whole line and, where others write too, is locked; closed again if that fails."""
+        make_directory(self._path.parent)
+        with ExitStack() as failing:
+            file = failing.enter_context(open(self._path, "ab+", buffering=0))
+            if self._shared:
+                _lock(file.fileno())
+            _remove_torn_line(file.fileno())
+            failing.pop_all()
+        return file
 
     def _put_on_disk(self) -> None:
         """What a flush that failed had to write is lost: the next would succeed without it, so none does."""

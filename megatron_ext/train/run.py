@@ -18,6 +18,7 @@ from megatron_ext.parallel.heartbeat import Heartbeat
 from megatron_ext.parallel.shared_directory import prove_shared, prove_writable
 from megatron_ext.parallel.world import COLLECTIVE_TIMEOUT, World, join_world, launched_ranks
 from megatron_ext.train.build import Setup, build_grid, prepare, run_shape
+from megatron_ext.train.console import say
 from megatron_ext.train.events import append_event
 from megatron_ext.train.monitors import check_monitors
 from megatron_ext.train.profile import check_ranks
@@ -93,4 +94,4 @@ def _tell(config: RunConfig, world: World, event: str, details: dict[str, Any]) 
     try:
         append_event(run_dir, event, step=world.activity.now.step, **details)
     except StorageError as error:
-        print(f"{error}: {event} {details}", file=sys.stderr, flush=True)
+        say(f"{error}: {event} {details}", sys.stderr)

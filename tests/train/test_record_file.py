@@ -1,6 +1,7 @@
 """Records that are written whole or wait: on a disk that is really full, and after writers that were killed."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -94,6 +95,16 @@ def test_where_there_are_no_locks_no_record_of_another_is_cut_off(tmp_path: Path
         with mock.patch.object(os, "write", mock.Mock(side_effect=[4, OSError(errno.ENOSPC, "full")])):
             file.write({"number": 2})
     assert path.read_bytes().count(other) == 5 and b'{"number": 1}\n' in path.read_bytes()
+
+
+def test_a_file_that_could_not_be_locked_is_locked_at_the_next_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_file, "RETRY_SECONDS", 0.0)
+    lock = mock.Mock(side_effect=[OSError(errno.EIO, os.strerror(errno.EIO)), None, None])
+    file = RecordFile(tmp_path / "records.jsonl", shared=True)
+    with mock.patch.object(fcntl, "flock", lock):
+        for number in range(3):
+            file.write({"number": number})
+    assert lock.call_count == 3 and numbers(tmp_path / "records.jsonl") == [0, 1, 2]
 
 
 def test_what_fitted_is_not_written_again(tmp_path: Path) -> None:
